@@ -1,0 +1,228 @@
+// The backward pass through time: from the last step to the first, block by block. Within a block the
+// steps give dz; then dx, dW and db of the block are large products, while dz is still in cache.
+#include <algorithm>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cpu/parallel.h"
+#include "cpu/workspace.h"
+#include "lstm.h"
+#include "plan.h"
+
+namespace fastlstm {
+namespace {
+
+// Panels of `lanes` x 4 columns, the last one as narrow as whole vectors allow.
+struct PanelShape {
+  int64_t count, full, tail_row;  // panels; those of full width; row length of the tail
+  int64_t panel_row;
+
+  PanelShape(int64_t columns, int64_t lanes)
+      : count(ceil_div(columns, kPanelVectors * lanes)),
+        full(columns / (kPanelVectors * lanes)),
+        tail_row(ceil_div(columns % (kPanelVectors * lanes), lanes) * lanes),
+        panel_row(kPanelVectors * lanes) {}
+
+  int64_t packed_size(int64_t depth) const { return depth * (full * panel_row + tail_row); }
+  template <class T>
+  Panels<T> packed(const T* data, int64_t depth) const {
+    return {data, depth * panel_row, panel_row, full, data + full * depth * panel_row, tail_row};
+  }
+  // A row-major matrix as it stands; only its tail panel has been packed.
+  template <class T>
+  Panels<T> in_place(const T* matrix, int64_t columns, const T* tail) const {
+    return {matrix, panel_row, columns, full, tail, tail_row};
+  }
+};
+
+// A weight matrix (4H, columns) as the right-hand side of dz W.
+template <class T>
+struct Right {
+  const T* matrix;
+  int64_t columns;
+  PanelShape shape;
+  Panels<T> panels;
+  int64_t place;
+
+  Right(const T* w, int64_t depth, int64_t width, int64_t lanes, bool direct, Workspace* workspace)
+      : matrix(w), columns(width), shape(width, lanes), panels{} {
+    place = workspace->reserve<T>(direct ? depth * shape.tail_row : shape.packed_size(depth));
+  }
+  void bind(const Workspace& workspace, int64_t depth, bool direct) {
+    const T* memory = workspace.at<T>(place);
+    panels = direct ? shape.in_place(matrix, columns, memory) : shape.packed(memory, depth);
+  }
+  void pack(const Kernels<T>& kernel, int64_t depth, bool direct, int threads, int id) const {
+    const auto [p0, p1] = share(shape.count, threads, id);
+    const Rows<const T> rows{matrix, columns, 0, 1};
+    kernel.pack_rows(rows, 0, depth, columns, direct ? std::max(p0, shape.full) : p0, p1, panels);
+  }
+};
+
+// Depth of one pass of a weight-gradient product: its panel stays in L1 and L2, and the partial sums
+// are added in pieces, which rounds better than one long chain.
+constexpr int64_t kDepth = 256;
+
+template <class T>
+bool run(const Backward<T>& in, const Plan& plan, const Kernels<T>& kernel) {
+  const auto [steps, batch, input, hidden] = in.sizes;
+  const int64_t lanes = kernel.lanes;
+  const int64_t gates = 4 * hidden;
+  const int threads = plan.threads();
+  const int64_t block_rows = plan.block * batch;
+
+  const auto in_order = [&](auto rows) { return in.layer.reverse ? rows.flipped(steps) : rows; };
+  const Rows<const T> x = in_order(in.x);
+  const Rows<const T> y = in_order(in.y);
+  const Rows<const T> kept_gates = in_order(Rows<const T>{in.gates, batch * gates, gates, batch});
+  const Rows<const T> kept_cells = in_order(Rows<const T>{in.cells, batch * hidden, hidden, batch});
+  const Rows<const T> grad_y = in_order(in.grad_y);
+  const Rows<T> dx = in_order(in.dx);
+  const Rows<const T> h0{in.h0, 0, hidden, batch};
+  const Rows<const T> c0{in.c0, 0, hidden, batch};
+  const Rows<const T> grad_h{in.grad_h, 0, hidden, batch};
+  const Rows<T> dc{in.dc0, 0, hidden, batch};
+
+  Workspace workspace;
+  Right<T> w_hh(in.layer.w_hh, gates, hidden, lanes, plan.direct, &workspace);
+  Right<T> w_ih(in.layer.w_ih, gates, in.dx.data ? input : 0, lanes, plan.direct, &workspace);
+  const PanelShape x_shape(in.dw_ih ? input : 0, lanes), h_shape(in.dw_hh ? hidden : 0, lanes);
+  const int64_t x_place = workspace.reserve<T>(x_shape.packed_size(block_rows));
+  const int64_t h_place = workspace.reserve<T>(h_shape.packed_size(block_rows));
+  // Where there are several blocks, slot `block` carries the dz of the step after the block.
+  const int64_t dz_place = workspace.reserve<T>((plan.block + (plan.block < steps)) * batch * gates);
+  const bool weights = in.dw_ih || in.dw_hh;
+  const int64_t dz_t_place = workspace.reserve<T>(weights ? gates * block_rows : 0);
+  workspace.allocate();
+  w_hh.bind(workspace, gates, plan.direct);
+  w_ih.bind(workspace, gates, plan.direct);
+  const Panels<T> x_panels = x_shape.packed(workspace.at<T>(x_place), block_rows);
+  const Panels<T> h_panels = h_shape.packed(workspace.at<T>(h_place), block_rows);
+  const Rows<T> dz{workspace.at<T>(dz_place), batch * gates, gates, batch};
+  T* const dz_t = workspace.at<T>(dz_t_place);
+
+  Barrier all;
+  std::vector<Barrier> row_group(size_t(plan.row_groups));
+
+  return parallel(threads, [&](int id) {
+    const int group = id / plan.panel_groups, member = id % plan.panel_groups;
+    const auto [n0, n1] = share(batch, plan.row_groups, group);
+    const auto [p0, p1] = share(w_hh.shape.count, plan.panel_groups, member);
+    const auto [m0, m1] = share(gates, threads, id);  // rows of the weight gradients
+    const int64_t j0 = std::min(p0 * w_hh.shape.panel_row, hidden);
+    const int64_t j1 = std::min(p1 * w_hh.shape.panel_row, hidden);
+
+    for (int64_t n = n0; n < n1; ++n) {
+      T* to = dc.at(0, n);
+      for (int64_t j = j0; j < j1; ++j) to[j] = in.grad_c ? in.grad_c[n * hidden + j] : 0;
+    }
+    w_hh.pack(kernel, gates, plan.direct, threads, id);
+    w_ih.pack(kernel, gates, plan.direct, threads, id);
+    all.wait(threads);
+
+    // C rows m0..m1 of dz_t^T times packed rows of x or h, in passes of kDepth.
+    const auto accumulate = [&](T* dw, int64_t columns, const PanelShape& shape,
+                                const Panels<T>& right, int64_t rows, bool first) {
+      for (int64_t k = 0; k < rows; k += kDepth) {
+        Product<T> product;
+        product.a = {dz_t + m0 * block_rows + k, block_rows, 0, 1};
+        product.depth = std::min(kDepth, rows - k);
+        product.b = right;
+        product.b.data += k * right.row_step;
+        product.b.tail += k * right.tail_row_step;
+        product.c = {dw + m0 * columns, columns, 0, 1};
+        product.columns = {columns, false};
+        product.start = nullptr;
+        product.accumulate = !first || k > 0;
+        kernel.product(product, 0, m1 - m0, 0, shape.count);
+      }
+    };
+    // C = dz W for batch rows n0..n1 at `count` times, the panels cut among the row group.
+    const auto through = [&](const Right<T>& right, Rows<T> to, int64_t count) {
+      Product<T> product;
+      product.a = dz.block(0, n0, n1 - n0);
+      product.depth = gates;
+      product.b = right.panels;
+      product.c = to;
+      product.columns = {right.columns, false};
+      product.start = nullptr;
+      product.accumulate = false;
+      const auto [from, past] = share(right.shape.count, plan.panel_groups, member);
+      kernel.product(product, 0, count * (n1 - n0), from, past);
+    };
+
+    for (int64_t s1 = steps; s1 > 0; s1 -= std::min(plan.block, s1)) {
+      const int64_t count = std::min(plan.block, s1), s0 = s1 - count;
+      const int64_t rows = count * batch;
+      const bool last = s1 == steps;
+      for (int64_t s = s1 - 1; s >= s0; --s) {
+        StepBackward<T> step;
+        step.hidden = hidden;
+        step.grad_y = grad_y.data ? grad_y.block(s, 0, batch) : grad_y;
+        step.grad_h = s == steps - 1 ? grad_h : Rows<const T>{};
+        step.dz_next = s == steps - 1 ? Rows<const T>{}
+                                      : dz.block(s == s1 - 1 ? plan.block : s - s0 + 1, 0, batch);
+        step.w_hh = w_hh.panels;
+        step.gates = kept_gates.block(s, 0, batch);
+        step.c = kept_cells.block(s, 0, batch);
+        step.c_prev = s == 0 ? c0 : kept_cells.block(s - 1, 0, batch);
+        step.dc = dc;
+        step.dz = dz.block(s - s0, 0, batch);
+        kernel.step_backward(step, n0, n1, p0, p1);
+        row_group[size_t(group)].wait(plan.panel_groups);
+      }
+      if (in.dx.data) through(w_ih, dx.block(s0, n0, n1 - n0), count);
+
+      if (weights) {
+        if (in.dw_ih) {
+          const auto [from, past] = share(x_shape.count, threads, id);
+          kernel.pack_rows(x.block(s0, 0, batch), 0, rows, input, from, past, x_panels);
+        }
+        if (in.dw_hh) {
+          const auto [from, past] = share(h_shape.count, threads, id);
+          const int64_t initial = s0 == 0 ? batch : 0;  // rows whose h_{t-1} is h0
+          kernel.pack_rows(h0, 0, initial, hidden, from, past, h_panels);
+          if (rows > initial)
+            kernel.pack_rows(y.block(s0 == 0 ? 0 : s0 - 1, 0, batch), initial, rows - initial, hidden,
+                             from, past, h_panels);
+        }
+      }
+      all.wait(threads);  // dz of the whole batch is there
+      if (weights)
+        kernel.transpose(dz, rows, m0, m1, dz_t + m0 * block_rows, block_rows);
+      if (in.dw_ih) accumulate(in.dw_ih, input, x_shape, x_panels, rows, last);
+      if (in.dw_hh) accumulate(in.dw_hh, hidden, h_shape, h_panels, rows, last);
+      if (in.db) kernel.sum_rows(dz, rows, m0, m1, in.db, !last);
+      if (s0 > 0)
+        for (int64_t n = n0; n < n1; ++n)
+          for (int64_t gate = 0; gate < 4; ++gate) {
+            const T* from = dz.at(0, n) + gate * hidden;
+            std::copy(from + j0, from + j1, dz.at(plan.block, n) + gate * hidden + j0);
+          }
+      all.wait(threads);  // before the next block writes dz
+    }
+    if (in.dh0) through(w_hh, Rows<T>{in.dh0, 0, hidden, batch}.block(0, n0, n1 - n0), 1);
+  });
+}
+
+}  // namespace
+
+template <class T>
+void backward(const Backward<T>& args, int threads) {
+  const auto [steps, batch, input, hidden] = args.sizes;
+  if (batch == 0) {
+    if (args.dw_ih) std::fill_n(args.dw_ih, 4 * hidden * input, T(0));
+    if (args.dw_hh) std::fill_n(args.dw_hh, 4 * hidden * hidden, T(0));
+    if (args.db) std::fill_n(args.db, 4 * hidden, T(0));
+    return;
+  }
+  const Kernels<T>& kernel = kernels<T>();
+  const Machine machine{kernel.lanes, kernel.rows, sizeof(T)};
+  if (!run(args, plan_backward(args.sizes, machine, threads), kernel))
+    run(args, plan_backward(args.sizes, machine, 1), kernel);
+}
+
+template void backward(const Backward<float>&, int);
+template void backward(const Backward<double>&, int);
+
+}  // namespace fastlstm

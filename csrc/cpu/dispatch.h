@@ -1,0 +1,23 @@
+// Which ISA's kernels run. Chosen once, when the module is loaded; outside every loop.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace fastlstm {
+
+std::vector<std::string> compiled_isas();   // from the plainest to the widest
+std::vector<std::string> supported_isas();  // those of them that this CPU and its OS run
+
+// Switches to `name`. Throws std::invalid_argument for a name that is not in supported_isas().
+void use_isa(const std::string& name);
+// The widest supported one, or what the environment variable FASTLSTM_ISA asks for.
+void use_default_isa();
+std::string active_isa();
+
+template <class T>
+const Kernels<T>& kernels();
+
+}  // namespace fastlstm

@@ -1,0 +1,129 @@
+// What an ISA offers: one table of functions per element type. forward.cpp and backward.cpp call
+// nothing else; kernels.inl is the one source behind every table.
+//
+// A panel is a block of columns of a right-hand matrix B (K, columns) that a tile's registers span:
+// four vectors. Products add over k in order, one fused chain per element of C, so how the work is
+// cut into tiles, panels and threads never shows in the bits.
+#pragma once
+
+#include "../lstm.h"
+
+namespace fastlstm {
+
+constexpr int kPanelVectors = 4;  // one vector per gate; also the width of a plain panel
+
+// How the four vectors of panel p lie in a row of C (or of the bias).
+//   plain:  columns 4*VL*p + v*VL ...      vectors beside one another, of `count` columns
+//   gates:  columns VL*p + v*count ...     one vector of units from each gate, of count = H units
+struct Columns {
+  int64_t count;
+  bool gates;
+};
+
+// The panels of a matrix B. Row k of panel p starts at at(p) + k * step(p).
+template <class T>
+struct Panels {
+  const T* data;
+  int64_t panel_step;
+  int64_t row_step;
+  int64_t full;          // panels before the tail
+  const T* tail;         // the last panel where it is narrower than four vectors
+  int64_t tail_row_step;
+
+  const T* at(int64_t p) const { return p < full ? data + p * panel_step : tail; }
+  int64_t step(int64_t p) const { return p < full ? row_step : tail_row_step; }
+};
+
+// C[m][:] = start[:] + sum_k A[m][k] B[k][:]        start: a bias row, or null for zeros
+// C[m][:] += sum_k A[m][k] B[k][:]                  with `accumulate`
+template <class T>
+struct Product {
+  Rows<const T> a;
+  int64_t depth;  // K
+  Panels<T> b;
+  Rows<T> c;
+  Columns columns;
+  const T* start;
+  bool accumulate;
+};
+
+// One time step for rows n of the batch and units j. Row strides count elements.
+//   z = start + x W_ih^T + h W_hh^T, then gates, c and h. A depth of 0 leaves that product out.
+template <class T>
+struct StepForward {
+  int64_t hidden;
+  int64_t input;  // D, or 0 where `start` already holds the input product
+  Rows<const T> start;  // (N, 4H); step_n 0 for a bias
+  Rows<const T> x;      // (N, D)
+  const T* w_ih;        // gate panels (see pack_gates), or (4H, D) as it is for step_forward_direct
+  Rows<const T> h_prev;
+  const T* w_hh;        // gate panels, or (4H, H) as it is
+  Rows<const T> c_prev;
+  Rows<T> c;
+  Rows<T> h;
+  Rows<T> gates;  // data null: not kept
+};
+
+// One time step back. dh = grad_y + grad_h + dz_next W_hh, then dz, and dc in place.
+template <class T>
+struct StepBackward {
+  int64_t hidden;
+  Rows<const T> grad_y;   // data null: zeros
+  Rows<const T> grad_h;   // data null: zeros
+  Rows<const T> dz_next;  // (N, 4H), data null: no later step
+  Panels<T> w_hh;         // plain panels, K = 4H
+  Rows<const T> gates;
+  Rows<const T> c_prev;
+  Rows<const T> c;
+  Rows<T> dc;
+  Rows<T> dz;
+};
+
+enum class Function { exp, sigmoid, tanh };
+
+template <class T>
+struct Kernels {
+  int64_t lanes;  // VL
+  int64_t rows;   // the most rows of A in a tile
+
+  // Panels p0 <= p < p1 of W (4H, K) as B = W^T with the gates interleaved: [p][k][gate][VL],
+  // zeros beyond H.
+  void (*pack_gates)(const T* w, int64_t hidden, int64_t depth, int64_t p0, int64_t p1, T* out);
+  // Rows k0 <= k < k0 + count of B from b, columns of panels p0 <= p < p1, to their place in `to`.
+  void (*pack_rows)(Rows<const T> b, int64_t k0, int64_t count, int64_t columns, int64_t p0,
+                    int64_t p1, Panels<T> to);
+  // out[m - m0][k] = a[k][m] for m0 <= m < m1, k < count; `step` between the rows of out.
+  void (*transpose)(Rows<const T> a, int64_t count, int64_t m0, int64_t m1, T* out, int64_t step);
+  // out[m] (+)= sum_k a[k][m]
+  void (*sum_rows)(Rows<const T> a, int64_t count, int64_t m0, int64_t m1, T* out, bool accumulate);
+
+  // Rows m0 <= m < m1 of C, panels p0 <= p < p1.
+  void (*product)(const Product<T>&, int64_t m0, int64_t m1, int64_t p0, int64_t p1);
+  // Batch rows n0 <= n < n1; panels of VL units (forward) or 4*VL units (backward).
+  void (*step_forward)(const StepForward<T>&, int64_t n0, int64_t n1, int64_t p0, int64_t p1);
+  void (*step_forward_direct)(const StepForward<T>&, int64_t n0, int64_t n1, int64_t p0,
+                              int64_t p1);
+  void (*step_backward)(const StepBackward<T>&, int64_t n0, int64_t n1, int64_t p0, int64_t p1);
+
+  void (*map)(Function, const T* x, T* y, int64_t count);
+  // Runs `count` rounds of independent fused multiply-adds in registers; returns the operations done.
+  double (*fma_loop)(int64_t count);
+};
+
+// The tables, defined by kernels_*.cpp.
+namespace generic {
+extern const Kernels<float> kernels_f32;
+extern const Kernels<double> kernels_f64;
+}  // namespace generic
+#ifdef FASTLSTM_X86
+namespace avx2 {
+extern const Kernels<float> kernels_f32;
+extern const Kernels<double> kernels_f64;
+}  // namespace avx2
+namespace avx512 {
+extern const Kernels<float> kernels_f32;
+extern const Kernels<double> kernels_f64;
+}  // namespace avx512
+#endif
+
+}  // namespace fastlstm

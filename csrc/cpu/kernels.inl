@@ -1,0 +1,416 @@
+// The one source of every kernel. Each kernels_<isa>.cpp defines FASTLSTM_ISA, is compiled with that
+// ISA's flags and includes this file. No STL here: an inline function of the library compiled for
+// AVX-512 could be the copy the linker keeps, and an older CPU would die on it.
+//
+// From the top: the tile product (the only inner loop of matrix products), pack and transpose, the
+// product over rows and panels, the LSTM step forward and backward.
+
+namespace fastlstm {
+namespace FASTLSTM_ISA {
+namespace {
+
+// clang-format off: vec.h first, vec_math.h is written with it
+#include "vec.h"
+#include "vec_math.h"
+// clang-format on
+
+template <int I>
+struct Int {
+  static constexpr int value = I;
+};
+
+// f(Int<n>()) for 1 <= n <= Most.
+template <int Most, class F>
+FASTLSTM_INLINE void with_int(int64_t n, F&& f) {
+  if constexpr (Most > 1) {
+    if (n < Most) return with_int<Most - 1>(n, f);
+  }
+  f(Int<Most>());
+}
+
+// Cuts rows m0..m1 into tiles of nearly equal height and calls f(first row, Int<height>()).
+template <class F>
+FASTLSTM_INLINE void for_tiles(int64_t m0, int64_t m1, F&& f) {
+  int64_t left = (m1 - m0 + kTileRows - 1) / kTileRows;
+  for (int64_t m = m0; left > 0; --left) {
+    int64_t height = (m1 - m + left - 1) / left;
+    with_int<kTileRows>(height, [&](auto rows) { f(m, rows); });
+    m += height;
+  }
+}
+
+// ---- the tile product ---------------------------------------------------------------------------
+
+// acc[m][v] += sum_k a[m][k] * b[k * step + v * VL ...], k in order.
+// The broadcasts are held and the panel's vectors come one at a time: that order fits the register
+// file exactly; the other one spills.
+template <class T, int M, int V>
+FASTLSTM_INLINE void multiply(const T* const (&a)[M], int64_t depth, const T* b, int64_t step,
+                              Vec<T> (&acc)[M][V]) {
+  // Row pointers as one base and M constant offsets would need equal strides; M pointers do not.
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec<T> row[M];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) row[m] = broadcast(a[m][k]);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      Vec<T> column = load(b + k * step + v * lanes<T>());
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) acc[m][v] = fma(row[m], column, acc[m][v]);
+    }
+  }
+}
+
+// ---- pack and transpose -------------------------------------------------------------------------
+
+template <class T>
+void pack_gates(const T* w, int64_t hidden, int64_t depth, int64_t p0, int64_t p1, T* out) {
+  constexpr int VL = lanes<T>();
+  constexpr int64_t row = kPanelVectors * VL;
+  constexpr int64_t kBlock = 64;  // keeps the written rows of a panel in L1
+  for (int64_t p = p0; p < p1; ++p)
+    for (int64_t k0 = 0; k0 < depth; k0 += kBlock) {
+      const int64_t k1 = k0 + kBlock < depth ? k0 + kBlock : depth;
+      for (int64_t gate = 0; gate < kPanelVectors; ++gate)
+        for (int64_t l = 0; l < VL; ++l) {
+          const int64_t unit = p * VL + l;
+          T* to = out + p * depth * row + gate * VL + l;
+          if (unit < hidden) {
+            const T* from = w + (gate * hidden + unit) * depth;
+            for (int64_t k = k0; k < k1; ++k) to[k * row] = from[k];
+          } else {
+            for (int64_t k = k0; k < k1; ++k) to[k * row] = 0;
+          }
+        }
+    }
+}
+
+template <class T>
+void pack_rows(Rows<const T> b, int64_t k0, int64_t count, int64_t columns, int64_t p0, int64_t p1,
+               Panels<T> to) {
+  constexpr int VL = lanes<T>();
+  for (int64_t p = p0; p < p1; ++p) {
+    const int64_t first = p * kPanelVectors * VL;
+    const int64_t step = to.step(p);
+    T* out = const_cast<T*>(to.at(p)) + k0 * step;
+    for (int64_t k = 0; k < count; ++k, out += step) {
+      const T* from = b.row(k) + first;
+      for (int64_t v = 0; v < step; v += VL) {
+        const int64_t left = columns - first - v;
+        store(out + v, left >= VL ? load(from + v) : load(from + v, left));
+      }
+    }
+  }
+}
+
+template <class T>
+void transpose(Rows<const T> a, int64_t count, int64_t m0, int64_t m1, T* out, int64_t step) {
+  constexpr int64_t kBlock = 16;
+  for (int64_t mb = m0; mb < m1; mb += kBlock) {
+    const int64_t me = mb + kBlock < m1 ? mb + kBlock : m1;
+    for (int64_t k = 0; k < count; ++k) {
+      const T* from = a.row(k);
+      for (int64_t m = mb; m < me; ++m) out[(m - m0) * step + k] = from[m];
+    }
+  }
+}
+
+template <class T>
+void sum_rows(Rows<const T> a, int64_t count, int64_t m0, int64_t m1, T* out, bool accumulate) {
+  constexpr int VL = lanes<T>();
+  for (int64_t m = m0; m < m1; m += VL) {
+    const int64_t width = m1 - m < VL ? m1 - m : VL;
+    Vec<T> total{};
+    for (int64_t k = 0; k < count; ++k) total += load(a.row(k) + m, width);
+    if (accumulate) total += load(out + m, width);
+    store(out + m, total, width);
+  }
+}
+
+// ---- products -----------------------------------------------------------------------------------
+
+template <class T>
+void product(const Product<T>& in, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+  constexpr int VL = lanes<T>();
+  for (int64_t p = p0; p < p1; ++p) {
+    const T* b = in.b.at(p);
+    const int64_t step = in.b.step(p);
+    const int64_t first = p * (in.columns.gates ? VL : kPanelVectors * VL);
+    const int64_t vector_step = in.columns.gates ? in.columns.count : VL;
+    with_int<kPanelVectors>(step / VL < kPanelVectors && p >= in.b.full ? step / VL : kPanelVectors,
+                            [&](auto vectors) {
+      constexpr int V = decltype(vectors)::value;
+      int64_t width[V];  // valid lanes of each vector
+      for (int v = 0; v < V; ++v) {
+        const int64_t left = in.columns.count - first - (in.columns.gates ? 0 : v * VL);
+        width[v] = left < VL ? left : VL;
+      }
+      const bool whole = width[V - 1] == VL;
+      for_tiles(m0, m1, [&](int64_t m, auto rows) {
+        constexpr int M = decltype(rows)::value;
+        const T* a[M];
+        T* c[M];
+        Vec<T> acc[M][V];
+        for (int r = 0; r < M; ++r) {
+          a[r] = in.a.row(m + r);
+          c[r] = in.c.row(m + r) + first;
+        }
+        for (int v = 0; v < V; ++v) {
+          Vec<T> start{};
+          if (in.start) start = load(in.start + first + v * vector_step, width[v]);
+          for (int r = 0; r < M; ++r) acc[r][v] = start;
+        }
+        multiply<T, M, V>(a, in.depth, b, step, acc);
+        if (whole) {
+          for (int r = 0; r < M; ++r)
+            for (int v = 0; v < V; ++v) {
+              T* to = c[r] + v * vector_step;
+              store(to, in.accumulate ? acc[r][v] + load(to) : acc[r][v]);
+            }
+        } else {
+          for (int r = 0; r < M; ++r)
+            for (int v = 0; v < V; ++v) {
+              T* to = c[r] + v * vector_step;
+              store(to, in.accumulate ? acc[r][v] + load(to, width[v]) : acc[r][v], width[v]);
+            }
+        }
+      });
+    });
+  }
+}
+
+// ---- the step forward ---------------------------------------------------------------------------
+
+// Lanes of a partial vector, or all of them at compile time.
+struct AllLanes {
+  template <class T>
+  FASTLSTM_INLINE Vec<T> get(const T* p) const {
+    return load(p);
+  }
+  template <class T>
+  FASTLSTM_INLINE void put(T* p, Vec<T> v) const {
+    store(p, v);
+  }
+};
+struct FirstLanes {
+  int64_t width;
+  template <class T>
+  FASTLSTM_INLINE Vec<T> get(const T* p) const {
+    return load(p, width);
+  }
+  template <class T>
+  FASTLSTM_INLINE void put(T* p, Vec<T> v) const {
+    store(p, v, width);
+  }
+};
+template <class T, class F>
+FASTLSTM_INLINE void with_lanes(int64_t left, F&& f) {
+  if (left >= lanes<T>())
+    f(AllLanes());
+  else
+    f(FirstLanes{left});
+}
+
+// The cell: gates, c and h of one vector of units of batch row n, from z.
+template <class T, class L>
+FASTLSTM_INLINE void cell_forward(const StepForward<T>& in, int64_t n, int64_t unit,
+                                  const Vec<T> (&z)[4], L part) {
+  const int64_t H = in.hidden;
+  const Vec<T> i = sigmoid<T>(z[0]);
+  const Vec<T> f = sigmoid<T>(z[1]);
+  const Vec<T> g = tanh<T>(z[2]);
+  const Vec<T> o = sigmoid<T>(z[3]);
+  const Vec<T> c = fma(f, part.get(in.c_prev.at(0, n) + unit), i * g);
+  part.put(in.c.at(0, n) + unit, c);
+  part.put(in.h.at(0, n) + unit, o * tanh<T>(c));
+  if (in.gates.data) {
+    T* gates = in.gates.at(0, n) + unit;
+    part.put(gates, i);
+    part.put(gates + H, f);
+    part.put(gates + 2 * H, g);
+    part.put(gates + 3 * H, o);
+  }
+}
+
+template <class T>
+void step_forward(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p0, int64_t p1) {
+  constexpr int VL = lanes<T>();
+  constexpr int64_t row = kPanelVectors * VL;
+  const int64_t H = in.hidden;
+  for (int64_t p = p0; p < p1; ++p) {
+    const int64_t unit = p * VL;
+    with_lanes<T>(H - unit, [&](auto part) {
+      for_tiles(n0, n1, [&](int64_t n, auto rows) {
+        constexpr int M = decltype(rows)::value;
+        const T* a[M];
+        Vec<T> z[M][4];
+        for (int r = 0; r < M; ++r) {
+          const T* start = in.start.at(0, n + r) + unit;
+          for (int gate = 0; gate < 4; ++gate) z[r][gate] = part.get(start + gate * H);
+        }
+        if (in.input > 0) {
+          for (int r = 0; r < M; ++r) a[r] = in.x.at(0, n + r);
+          multiply<T, M, 4>(a, in.input, in.w_ih + p * in.input * row, row, z);
+        }
+        for (int r = 0; r < M; ++r) a[r] = in.h_prev.at(0, n + r);
+        multiply<T, M, 4>(a, H, in.w_hh + p * H * row, row, z);
+        for (int r = 0; r < M; ++r) cell_forward<T>(in, n + r, unit, z[r], part);
+      });
+    });
+  }
+}
+
+// sum_k a[k] * w[k] of four rows `step` apart, added to total.
+template <class T>
+FASTLSTM_INLINE void dot4(const T* a, int64_t depth, const T* w, int64_t step, Vec<T> (&total)[4]) {
+  constexpr int VL = lanes<T>();
+  int64_t k = 0;
+  for (; k + VL <= depth; k += VL) {
+    const Vec<T> v = load(a + k);
+    for (int gate = 0; gate < 4; ++gate)
+      total[gate] = fma(v, load(w + gate * step + k), total[gate]);
+  }
+  if (k < depth) {
+    const Vec<T> v = load(a + k, depth - k);
+    for (int gate = 0; gate < 4; ++gate)
+      total[gate] = fma(v, load(w + gate * step + k, depth - k), total[gate]);
+  }
+}
+
+// The same step on weights as they are, along their rows: for so few rows of x that packing the
+// weights would cost more than it saves.
+template <class T>
+void step_forward_direct(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p0, int64_t p1) {
+  constexpr int VL = lanes<T>();
+  const int64_t H = in.hidden;
+  for (int64_t p = p0; p < p1; ++p) {
+    const int64_t unit = p * VL;
+    const int64_t width = H - unit < VL ? H - unit : VL;
+    with_lanes<T>(H - unit, [&](auto part) {
+      for (int64_t n = n0; n < n1; ++n) {
+        T sums[4][VL] = {};
+        for (int64_t l = 0; l < width; ++l) {
+          Vec<T> total[4] = {};
+          dot4<T>(in.x.at(0, n), in.input, in.w_ih + (unit + l) * in.input, H * in.input, total);
+          dot4<T>(in.h_prev.at(0, n), H, in.w_hh + (unit + l) * H, H * H, total);
+          for (int gate = 0; gate < 4; ++gate) sums[gate][l] = sum<T>(total[gate]);
+        }
+        Vec<T> z[4];
+        const T* start = in.start.at(0, n) + unit;
+        for (int gate = 0; gate < 4; ++gate)
+          z[gate] = load(sums[gate]) + part.get(start + gate * H);
+        cell_forward<T>(in, n, unit, z, part);
+      }
+    });
+  }
+}
+
+// ---- the step backward --------------------------------------------------------------------------
+
+// dz and dc of one vector of units of batch row n, from dh = dL/dh_t.
+template <class T, class L>
+FASTLSTM_INLINE void cell_backward(const StepBackward<T>& in, int64_t n, int64_t unit, Vec<T> dh,
+                                   L part) {
+  const int64_t H = in.hidden;
+  const T one = 1;
+  const T* gates = in.gates.at(0, n) + unit;
+  const Vec<T> i = part.get(gates);
+  const Vec<T> f = part.get(gates + H);
+  const Vec<T> g = part.get(gates + 2 * H);
+  const Vec<T> o = part.get(gates + 3 * H);
+  const Vec<T> tanh_c = tanh<T>(part.get(in.c.at(0, n) + unit));
+  T* carried = in.dc.at(0, n) + unit;
+  const Vec<T> dc = fma(dh * o, one - tanh_c * tanh_c, part.get((const T*)carried));
+  T* dz = in.dz.at(0, n) + unit;
+  part.put(dz, dc * g * (i * (one - i)));
+  part.put(dz + H, dc * part.get(in.c_prev.at(0, n) + unit) * (f * (one - f)));
+  part.put(dz + 2 * H, dc * i * (one - g * g));
+  part.put(dz + 3 * H, dh * tanh_c * (o * (one - o)));
+  part.put(carried, dc * f);
+}
+
+template <class T>
+void step_backward(const StepBackward<T>& in, int64_t n0, int64_t n1, int64_t p0, int64_t p1) {
+  constexpr int VL = lanes<T>();
+  const int64_t H = in.hidden;
+  for (int64_t p = p0; p < p1; ++p) {
+    const int64_t first = p * kPanelVectors * VL;
+    const int64_t vectors = (H - first + VL - 1) / VL;
+    with_int<kPanelVectors>(vectors, [&](auto count) {
+      constexpr int V = decltype(count)::value;
+      with_lanes<T>(H - first - (V - 1) * VL, [&](auto last) {
+        for_tiles(n0, n1, [&](int64_t n, auto rows) {
+          constexpr int M = decltype(rows)::value;
+          Vec<T> dh[M][V] = {};
+          const auto add = [&](Rows<const T> grad) {
+            for (int r = 0; r < M; ++r) {
+              const T* from = grad.at(0, n + r) + first;
+              for (int v = 0; v < V - 1; ++v) dh[r][v] += load(from + v * VL);
+              dh[r][V - 1] += last.get(from + (V - 1) * VL);
+            }
+          };
+          if (in.grad_y.data) add(in.grad_y);
+          if (in.grad_h.data) add(in.grad_h);
+          if (in.dz_next.data) {
+            const T* a[M];
+            for (int r = 0; r < M; ++r) a[r] = in.dz_next.at(0, n + r);
+            multiply<T, M, V>(a, 4 * H, in.w_hh.at(p), in.w_hh.step(p), dh);
+          }
+          for (int r = 0; r < M; ++r) {
+            for (int v = 0; v < V - 1; ++v)
+              cell_backward<T>(in, n + r, first + v * VL, dh[r][v], AllLanes());
+            cell_backward<T>(in, n + r, first + (V - 1) * VL, dh[r][V - 1], last);
+          }
+        });
+      });
+    });
+  }
+}
+
+// ---- for tests and benchmarks -------------------------------------------------------------------
+
+template <class T>
+void map(Function function, const T* x, T* y, int64_t count) {
+  for (int64_t k = 0; k < count; k += lanes<T>())
+    with_lanes<T>(count - k, [&](auto part) {
+      const Vec<T> v = part.get(x + k);
+      part.put(y + k, function == Function::exp       ? exp<T>(v)
+                      : function == Function::sigmoid ? sigmoid<T>(v)
+                                                      : tanh<T>(v));
+    });
+}
+
+template <class T>
+double fma_loop(int64_t count) {
+  constexpr int kChains = 12;  // two units, latency 4 to 5, and registers to spare on every ISA
+  Vec<T> acc[kChains];
+  for (int c = 0; c < kChains; ++c) acc[c] = broadcast(T(c));
+  Vec<T> a = broadcast(T(0.5)), b = broadcast(T(1));
+  for (int64_t k = 0; k < count; ++k) {
+    asm volatile("" : "+x"(a), "+x"(b));  // keeps the loop from being folded
+#pragma GCC unroll 16
+    for (int c = 0; c < kChains; ++c) acc[c] = fma(acc[c], a, b);
+  }
+  Vec<T> total{};
+  for (int c = 0; c < kChains; ++c) total += acc[c];
+  volatile T kept = sum<T>(total);
+  (void)kept;
+  return 2.0 * kChains * lanes<T>() * double(count);
+}
+
+template <class T>
+constexpr Kernels<T> table() {
+  return {lanes<T>(), kTileRows,       pack_gates<T>,          pack_rows<T>,
+          transpose<T>, sum_rows<T>,   product<T>,             step_forward<T>,
+          step_forward_direct<T>,      step_backward<T>,       map<T>,
+          fma_loop<T>};
+}
+
+}  // namespace
+
+extern const Kernels<float> kernels_f32 = table<float>();
+extern const Kernels<double> kernels_f64 = table<double>();
+
+}  // namespace FASTLSTM_ISA
+}  // namespace fastlstm

@@ -1,0 +1,6 @@
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#define FASTLSTM_ISA avx2
+#include "kernels.inl"

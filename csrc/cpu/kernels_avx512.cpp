@@ -1,0 +1,6 @@
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#define FASTLSTM_ISA avx512
+#include "kernels.inl"

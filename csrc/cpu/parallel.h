@@ -1,0 +1,126 @@
+// The only file that knows OpenMP: threads, barriers, fork, and the floating-point mode of a thread.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <string>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#include <pthread.h>
+#include <sched.h>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace fastlstm {
+
+// Treats denormals as zero while it lives. State that decays reaches them, and arithmetic on
+// denormals is 10 to 100 times slower. The thread's own mode comes back at the end.
+class FlushDenormals {
+ public:
+#if defined(__SSE2__)
+  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }  // FTZ | DAZ
+  ~FlushDenormals() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#elif defined(__aarch64__)
+  FlushDenormals() {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));
+    __asm__ volatile("msr fpcr, %0" : : "r"(saved_ | (uint64_t(1) << 24)));  // FZ
+  }
+  ~FlushDenormals() { __asm__ volatile("msr fpcr, %0" : : "r"(saved_)); }
+
+ private:
+  uint64_t saved_;
+#endif
+ public:
+  FlushDenormals(const FlushDenormals&) = delete;
+  FlushDenormals& operator=(const FlushDenormals&) = delete;
+};
+
+// For `count` threads, again and again. Spins briefly, then yields: a barrier that only spins
+// collapses when another process wants the core.
+class Barrier {
+ public:
+  void wait(int count) {
+    if (count == 1) return;
+    const unsigned turn = turn_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
+      arrived_.store(0, std::memory_order_relaxed);
+      turn_.store(turn + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins) {
+      if (spins < kSpins) {
+#if defined(__SSE2__)
+        _mm_pause();
+#elif defined(__aarch64__)
+        __asm__ volatile("yield");
+#endif
+      } else {
+        sched_yield();
+      }
+    }
+  }
+
+ private:
+  static constexpr int kSpins = 2000;  // some 20 to 100 us, longer than a step's imbalance
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<unsigned> turn_{0};
+};
+
+// libgomp's threads do not survive fork() and starting new ones in the child hangs, so a forked
+// child works on one thread. Results do not change: their bits never depend on the threads.
+inline std::atomic<bool> forked{false};
+inline void watch_fork() {
+  pthread_atfork(nullptr, nullptr, [] { forked = true; });
+}
+
+// The threads that a call with no number of its own uses: OMP_NUM_THREADS, omp_set_num_threads.
+inline int default_threads() {
+#ifdef _OPENMP
+  return forked ? 1 : omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+inline std::string openmp_runtime() {
+#ifdef _OPENMP
+  return "OpenMP " + std::to_string(_OPENMP);
+#else
+  return "none (one thread)";
+#endif
+}
+
+// body(id) for 0 <= id < count at the same time. False, with nothing run, where OpenMP gives fewer
+// threads than asked for (nested regions, a thread limit, a forked child): plan again for one.
+template <class Body>
+bool parallel(int count, Body&& body) {
+  if (count == 1) {
+    FlushDenormals flush;
+    body(0);
+    return true;
+  }
+#ifdef _OPENMP
+  if (forked) return false;
+  bool all = true;
+#pragma omp parallel num_threads(count)
+  {
+    if (omp_get_num_threads() == count) {
+      FlushDenormals flush;
+      body(omp_get_thread_num());
+    } else if (omp_get_thread_num() == 0) {
+      all = false;
+    }
+  }
+  return all;
+#else
+  return false;
+#endif
+}
+
+}  // namespace fastlstm

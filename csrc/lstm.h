@@ -1,0 +1,98 @@
+// The whole C++ interface of fastlstm: one LSTM layer in one direction, on raw pointers.
+//
+// Legend
+//   T  time steps        N  batch         D  input size       H  hidden size
+//   Gates stand in the order i f g o of torch.nn.LSTM: row g*H + j of a (4H, .) matrix is gate g of unit j.
+//
+//     z_t = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh
+//     i, f, o = sigmoid(z_i, z_f, z_o)    g = tanh(z_g)
+//     c_t = f * c_{t-1} + i * g           h_t = o * tanh(c_t)
+//
+// (Hochreiter & Schmidhuber 1997, with the forget gate of Gers, Schmidhuber & Cummins 2000.)
+//
+// Nothing here checks its arguments: the Python layer has done so. Arrays that are written never
+// overlap arrays that are read, nor one another. Results have the same bits for any `threads`.
+#pragma once
+
+#include <cstdint>
+
+namespace fastlstm {
+
+// Rows of a (T, N, columns) array whose last dimension is contiguous; row m = t * batch + n.
+// Strides count elements and may be zero or negative. Without `batch` a plain matrix: batch = 1.
+template <class T>
+struct Rows {
+  T* data = nullptr;
+  int64_t step_t = 0;
+  int64_t step_n = 0;
+  int64_t batch = 1;
+
+  T* at(int64_t t, int64_t n) const { return data + t * step_t + n * step_n; }
+  T* row(int64_t m) const { return batch == 1 ? at(m, 0) : at(m / batch, m % batch); }
+  // The same rows, time running backwards.
+  Rows flipped(int64_t steps) const { return {data + (steps - 1) * step_t, -step_t, step_n, batch}; }
+  // `count` rows of the batch from n, at times t, t + 1, ...
+  Rows block(int64_t t, int64_t n, int64_t count) const { return {at(t, n), step_t, step_n, count}; }
+  operator Rows<const T>() const { return {data, step_t, step_n, batch}; }
+};
+
+struct Sizes {
+  int64_t steps;   // T >= 1
+  int64_t batch;   // N >= 0
+  int64_t input;   // D >= 1
+  int64_t hidden;  // H >= 1
+};
+
+// What both passes read of the layer. Matrices are contiguous, row-major.
+template <class T>
+struct Layer {
+  const T* w_ih;  // (4H, D)
+  const T* w_hh;  // (4H, H)
+  const T* b_ih;  // (4H) or null
+  const T* b_hh;  // (4H) or null
+  bool reverse;   // time runs from T-1 to 0
+};
+
+template <class T>
+struct Forward {
+  Sizes sizes;
+  Layer<T> layer;
+  Rows<const T> x;  // (T, N, D)
+  const T* h0;      // (N, H)
+  const T* c0;      // (N, H)
+  Rows<T> y;        // (T, N, H)  h_t, at the time of x_t
+  T* h_n;           // (N, H)
+  T* c_n;           // (N, H)
+  T* gates;         // (T, N, 4, H) i f g o after their activations, or null: keep nothing
+  T* cells;         // (T, N, H) c_t, or null
+};
+
+// Gradients of a scalar loss. A null output is not computed.
+template <class T>
+struct Backward {
+  Sizes sizes;
+  Layer<T> layer;
+  Rows<const T> x;       // (T, N, D)
+  const T* h0;           // (N, H)
+  const T* c0;           // (N, H)
+  Rows<const T> y;       // (T, N, H)      as the forward pass left it
+  const T* gates;        // (T, N, 4, H)   likewise
+  const T* cells;        // (T, N, H)      likewise
+  Rows<const T> grad_y;  // (T, N, H), data null: zeros
+  const T* grad_h;       // (N, H) or null: zeros
+  const T* grad_c;       // (N, H) or null: zeros
+  Rows<T> dx;            // (T, N, D), data may be null
+  T* dw_ih;              // (4H, D) or null
+  T* dw_hh;              // (4H, H) or null
+  T* db;                 // (4H) or null: the gradient of either bias
+  T* dh0;                // (N, H) or null
+  T* dc0;                // (N, H), always computed
+};
+
+// threads >= 1 is the most that may be used. Throws std::bad_alloc and nothing else.
+template <class T>
+void forward(const Forward<T>& args, int threads);
+template <class T>
+void backward(const Backward<T>& args, int threads);
+
+}  // namespace fastlstm

@@ -1,0 +1,81 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace fastlstm {
+namespace {
+
+// Tuning constants. Cycles are of a core with two FMA units; they need to be right within a factor
+// of two, since they only rank the grids.
+constexpr double kRegionCycles = 12000;   // starting a parallel region and meeting at its end
+constexpr double kBarrierCycles = 2500;   // one barrier between two steps, on a machine with company
+constexpr double kL2Bytes = 512 << 10;    // what a core's own cache holds beside other things
+constexpr double kNearBytesPerCycle = 32;  // from L2
+constexpr double kFarBytesPerCycle = 8;    // from L3 or memory
+constexpr double kCellCycles = 100;        // gates, c and h of one vector of units
+constexpr int64_t kDirectRows = 8;         // T * N up to which packing the weights does not pay
+constexpr int64_t kInputInStep = 8;        // D up to which the input product belongs in the step
+constexpr double kForwardBlockBytes = 256 << 10;  // input product held between its two uses
+constexpr int64_t kBackwardBlockRows = 256;  // depth of one weight-gradient product
+
+// The work of one time step: a product of depth `depth` into `panels` panels for every batch row,
+// and `spread` cycles of other products that split over any threads.
+struct StepWork {
+  double depth;
+  int64_t panels;
+  double spread;
+};
+
+double step_cycles(const Sizes& s, const Machine& m, const StepWork& work, int rows, int columns) {
+  const double batch = double(ceil_div(s.batch, rows));
+  const double panels = double(ceil_div(work.panels, columns));
+  const double panel_bytes = work.depth * double(4 * m.lanes * m.element);
+  const double bytes_per_cycle =
+      panels * panel_bytes <= kL2Bytes ? kNearBytesPerCycle : kFarBytesPerCycle;
+  const double product = std::max(batch * work.depth * 2, panel_bytes / bytes_per_cycle);
+  return panels * (product + batch * kCellCycles) + work.spread / (rows * columns) +
+         (columns > 1 ? kBarrierCycles : 0);
+}
+
+void choose_grid(const Sizes& s, const Machine& m, const StepWork& work, int threads, Plan* plan) {
+  double best = double(s.steps) * step_cycles(s, m, work, 1, 1);
+  if (best <= kRegionCycles) return;
+  for (int columns = 1; columns <= std::min<int64_t>(threads, work.panels); ++columns)
+    for (int rows = 1; rows <= std::min<int64_t>(threads / columns, s.batch); ++rows) {
+      if (rows * columns == 1) continue;
+      const double cycles =
+          double(s.steps) * step_cycles(s, m, work, rows, columns) + kRegionCycles;
+      if (cycles < best) {
+        best = cycles;
+        plan->row_groups = rows;
+        plan->panel_groups = columns;
+      }
+    }
+}
+
+bool few_rows(const Sizes& s) { return double(s.steps) * double(s.batch) <= kDirectRows; }
+
+}  // namespace
+
+Plan plan_forward(const Sizes& s, const Machine& m, int threads) {
+  Plan plan;
+  plan.direct = few_rows(s);
+  plan.input_in_step = plan.direct || s.input <= kInputInStep;
+  choose_grid(s, m, {double(s.hidden + s.input), ceil_div(s.hidden, m.lanes), 0}, threads, &plan);
+  const double step_bytes = 4 * double(s.hidden) * double(m.element) * double(std::max<int64_t>(1, s.batch));
+  plan.block = std::clamp<int64_t>(int64_t(kForwardBlockBytes / step_bytes), 1, s.steps);
+  return plan;
+}
+
+Plan plan_backward(const Sizes& s, const Machine& m, int threads) {
+  Plan plan;
+  plan.direct = few_rows(s);
+  const double gates = 4 * double(s.hidden);
+  const double spread =
+      double(s.batch) * gates * double(2 * s.input + s.hidden) / double(2 * m.lanes);
+  choose_grid(s, m, {gates, ceil_div(s.hidden, 4 * m.lanes), spread}, threads, &plan);
+  plan.block = std::clamp<int64_t>(kBackwardBlockRows / std::max<int64_t>(1, s.batch), 1, s.steps);
+  return plan;
+}
+
+}  // namespace fastlstm

@@ -1,0 +1,45 @@
+// How the work of a pass is cut: a pure function of sizes, threads and the machine's constants.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#include "lstm.h"
+
+namespace fastlstm {
+
+// Threads form a grid of row_groups x panel_groups over (batch rows, panels of hidden units); each
+// owns one rectangle of every step. Threads that share batch rows meet at a barrier after each step;
+// row groups never wait for one another within a time block. Serial is 1 x 1.
+struct Plan {
+  int row_groups = 1;
+  int panel_groups = 1;
+  bool direct = false;         // read the weights where they are instead of packing them
+  bool input_in_step = false;  // forward: the input product inside the step, not a product over time
+  int64_t block = 1;           // time steps whose input product (or dz) is held at once
+
+  int threads() const { return row_groups * panel_groups; }
+};
+
+// `lanes` and `rows` are those of Kernels<T>; `width` is the units of a panel; `element` is sizeof(T).
+struct Machine {
+  int64_t lanes;
+  int64_t rows;
+  int64_t element;
+};
+
+// `block` depends on sizes and machine only, never on `threads`: the sums of the weight gradients
+// are cut by it.
+Plan plan_forward(const Sizes& sizes, const Machine& machine, int threads);
+Plan plan_backward(const Sizes& sizes, const Machine& machine, int threads);
+
+// Part `index` of `parts` nearly equal parts of 0..count: its first and past-the-last element.
+inline std::pair<int64_t, int64_t> share(int64_t count, int64_t parts, int64_t index) {
+  const int64_t size = count / parts, extra = count % parts;
+  const int64_t first = index * size + (index < extra ? index : extra);
+  return {first, first + size + (index < extra ? 1 : 0)};
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+
+}  // namespace fastlstm

@@ -1,0 +1,102 @@
+"""Checks of NumPy arguments: each raises before any memory is touched, naming the argument."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+_MAX_BYTES = 2**62  # below the range of int64 with room for what kernels add up
+
+
+def float_dtype(name: str, dtype: Any) -> np.dtype[Any]:
+    """Return `dtype` as a native float32 or float64, or raise TypeError."""
+    if dtype not in FLOATS:
+        raise TypeError(f"{name}: expected dtype float32 or float64 (native byte order), got {dtype}")
+    return np.dtype(dtype)
+
+
+def array(name: str, value: Any, dtype: np.dtype[Any] | None = None) -> Array:
+    """Return `value` if it is an ndarray of `dtype` (of float32 or float64 if None)."""
+    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name}: expected a numpy.ndarray, got {type(value).__name__}")
+    if dtype is None:
+        float_dtype(name, value.dtype)
+    elif value.dtype != dtype:
+        raise TypeError(f"{name}: expected dtype {dtype}, got {value.dtype}")
+    return value
+
+
+def shaped(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Return `value` if it is an ndarray of exactly this shape and dtype."""
+    if array(name, value, dtype).shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {value.shape}")
+    return value  # type: ignore[no-any-return]
+
+
+def packed(value: Array) -> Array:
+    """Return `value` as the kernels read matrices: aligned and C-contiguous; a copy if it is not."""
+    return np.require(value, requirements=["C", "A"])
+
+
+def rows(value: Array) -> tuple[Array, int, int]:
+    """Return a (T, N, columns) array as the kernels read it, with its first two strides in elements.
+
+    A copy is made only where the last dimension is not contiguous or the memory is not aligned.
+    """
+    step_t, step_n, step = value.strides
+    itemsize = value.itemsize
+    if (
+        (step != itemsize and value.shape[2] != 1)
+        or step_t % itemsize
+        or step_n % itemsize
+        or not value.flags.aligned
+    ):
+        value = np.array(value, order="C")
+        step_t, step_n, _ = value.strides
+    return value, step_t // itemsize, step_n // itemsize
+
+
+def positive(name: str, value: Any) -> int:
+    """Return an integer of at least 1."""
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: expected an int, got bool")
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}") from None
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+    return int(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return a bool."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+    return bool(value)
+
+
+def sizes(name: str, T: int, N: int, D: int, H: int, itemsize: int) -> None:
+    """Raise ValueError where a pass of these sizes could not be addressed."""
+    # Activations, weights, and the widest padding of a panel (64 columns).
+    if 8 * itemsize * (T * (N + 1) * (D + H + 64) + (D + 64) * (H + 64) + (H + 64) ** 2) > _MAX_BYTES:
+        raise ValueError(
+            f"{name}: expected sizes that fit in memory, got T={T}, N={N}, D={D}, H={H}"
+        )
+
+
+def pair(name: str, value: Any) -> tuple[Any, Any]:
+    """Return a tuple or list of two."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        got = f"{type(value).__name__} of length {len(value)}" if isinstance(
+            value, (Sequence, np.ndarray)
+        ) and np.ndim(value) else type(value).__name__
+        raise TypeError(f"{name}: expected a pair (h, c), got {got}")
+    return value[0], value[1]

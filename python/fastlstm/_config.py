@@ -1,0 +1,72 @@
+"""Threads of the NumPy side, and what a bug report needs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import operator
+import platform
+
+import numpy as np
+
+from . import _core
+
+_num_threads: int | None = None
+
+
+def set_num_threads(n: int | None) -> None:
+    """Set the most threads that NumPy calls use.
+
+    Parameters
+    ----------
+    n : int or None
+        At least 1. None returns to the default: what OMP_NUM_THREADS or the OpenMP runtime says.
+
+    Raises
+    ------
+    TypeError
+        If `n` is neither an integer nor None.
+    ValueError
+        If `n` is below 1.
+
+    Notes
+    -----
+    Results have the same bits for any number of threads. `fastlstm.nn` follows
+    `torch.set_num_threads` instead.
+    """
+    global _num_threads
+    if n is not None:
+        try:
+            n = operator.index(n)
+        except TypeError:
+            raise TypeError(f"n: expected an int or None, got {type(n).__name__}") from None
+        if not 1 <= n <= 4096:
+            raise ValueError(f"n: expected a number of threads from 1 to 4096, got {n}")
+    _num_threads = n
+
+
+def get_num_threads() -> int:
+    """Return the most threads that NumPy calls use."""
+    return _num_threads or _core.default_threads()
+
+
+def show_config() -> None:
+    """Print version, ISA, threads, OpenMP runtime, compiler and the versions of NumPy and torch."""
+    # torch is looked up, not imported: importing it takes seconds and may itself be what is broken.
+    torch = (
+        importlib.metadata.version("torch") if importlib.util.find_spec("torch") else "not installed"
+    )
+    rows = {
+        "fastlstm": _core.__version__,
+        "ISA": f"{_core.active_isa()} (compiled: {', '.join(_core.compiled_isas())}; "
+        f"this machine runs: {', '.join(_core.supported_isas())})",
+        "threads": get_num_threads(),
+        "OpenMP": _core.openmp,
+        "compiler": _core.compiler,
+        "Python": platform.python_version(),
+        "NumPy": np.__version__,
+        "torch": torch,
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+    for name, value in rows.items():
+        print(f"{name + ':':<10}{value}")

@@ -1,0 +1,404 @@
+"""Drop-ins for `torch.nn.LSTM` and `torch.nn.LSTMCell`, on the kernels of fastlstm.
+
+Both are subclasses of torch's own and change one thing, how a forward call is computed. A call that
+the kernels do not serve goes torch's own way, errors included.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from . import _core
+
+__all__ = ["LSTM", "LSTMCell", "convert"]
+
+_Module = TypeVar("_Module", bound=torch.nn.Module)
+_Grads = tuple[Tensor | None, ...]
+
+
+def _plain(tensor: Any, dtype: torch.dtype) -> bool:
+    """Return whether the kernels may read this tensor's memory."""
+    return (
+        (type(tensor) is Tensor or type(tensor) is Parameter)
+        and tensor.dtype is dtype
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+    )
+
+
+def _observed() -> bool:
+    """Return whether something must see torch's own operators: a tracer, a transform, autocast."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.is_autocast_enabled("cpu")
+    )
+
+
+def _rows(tensor: Tensor) -> tuple[Tensor, int, int]:
+    """Return a (T, N, columns) tensor as the kernels read it, with its first two strides."""
+    step_t, step_n, step = tensor.stride()
+    if step != 1 and tensor.shape[2] != 1:
+        tensor = tensor.contiguous()
+        step_t, step_n, _ = tensor.stride()
+    return tensor, step_t, step_n
+
+
+def _addresses(weights: tuple[Tensor, ...], d: int, directions: int) -> list[int | None]:
+    """Return the memory of weight_ih, weight_hh, bias_ih and bias_hh of direction d."""
+    count = len(weights) // directions
+    found: list[int | None] = [w.data_ptr() for w in weights[d * count : (d + 1) * count]]
+    return found + [None] * (4 - count)
+
+
+def _run_forward(
+    x: Tensor, h0: Tensor, c0: Tensor, weights: tuple[Tensor, ...], keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Run one layer: x (T, N, D), h0 and c0 (directions, N, H), weights of each direction in turn.
+
+    Returns y (T, N, directions*H), h_n, c_n, and with `keep` gates (directions, T, N, 4H) and cells
+    (directions, T, N, H).
+    """
+    T, N, D = x.shape
+    directions, _, H = h0.shape
+    x, x_t, x_n = _rows(x)
+    h0, c0 = h0.contiguous(), c0.contiguous()
+    weights = tuple(w.contiguous() for w in weights)
+    itemsize = x.element_size()
+    y = x.new_empty((T, N, directions * H))
+    h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
+    gates = x.new_empty((directions, T, N, 4 * H)) if keep else None
+    cells = x.new_empty((directions, T, N, H)) if keep else None
+    threads = torch.get_num_threads()
+    for d in range(directions):
+        state = d * N * H * itemsize
+        steps = d * T * N * H * itemsize
+        _core.forward(
+            itemsize,
+            threads,
+            T,
+            N,
+            D,
+            H,
+            d == 1,
+            *_addresses(weights, d, directions),
+            x.data_ptr(),
+            x_t,
+            x_n,
+            h0.data_ptr() + state,
+            c0.data_ptr() + state,
+            y.data_ptr() + d * H * itemsize,
+            N * directions * H,
+            directions * H,
+            h_n.data_ptr() + state,
+            c_n.data_ptr() + state,
+            None if gates is None else gates.data_ptr() + 4 * steps,
+            None if cells is None else cells.data_ptr() + steps,
+        )
+    return y, h_n, c_n, gates, cells
+
+
+class _Layer(torch.autograd.Function):
+    """One layer, in one or both directions, as a node of the autograd graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, h0: Tensor, c0: Tensor, *weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, h_n, c_n, gates, cells = _run_forward(x, h0, c0, weights, keep=True)
+        ctx.save_for_backward(y, gates, cells, x, h0, c0, *weights)
+        ctx.set_materialize_grads(False)
+        return y, h_n, c_n
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_y: Tensor | None, grad_h: Tensor | None, grad_c: Tensor | None
+    ) -> _Grads:
+        y, gates, cells, *inputs = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            return _differentiable_backward(
+                inputs, (grad_y, grad_h, grad_c), ctx.needs_input_grad
+            )
+        return _run_backward(
+            inputs, y, gates, cells, (grad_y, grad_h, grad_c), ctx.needs_input_grad
+        )
+
+
+def _run_backward(
+    inputs: list[Tensor],
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    needed: tuple[bool, ...],
+) -> _Grads:
+    x, h0, c0, *weights = inputs
+    T, N, D = x.shape
+    directions, _, H = h0.shape
+    per_direction = len(weights) // directions
+    x, x_t, x_n = _rows(x)
+    h0, c0 = h0.contiguous(), c0.contiguous()
+    weights = [w.contiguous() for w in weights]
+    itemsize = x.element_size()
+    grad_y, grad_h, grad_c = grads
+    grad_t = grad_n = 0
+    if grad_y is not None:
+        grad_y, grad_t, grad_n = _rows(grad_y)
+    grad_h = None if grad_h is None else grad_h.contiguous()
+    grad_c = None if grad_c is None else grad_c.contiguous()
+    needs_x, needs_h0, _, *needs_weights = needed
+    dx = x.new_empty((directions, T, N, D)) if needs_x else None
+    dh0 = torch.empty_like(h0) if needs_h0 else None
+    dc0 = torch.empty_like(c0)
+    dw: list[Tensor | None] = [
+        torch.empty_like(w) if need else None for w, need in zip(weights, needs_weights, strict=True)
+    ]
+    threads = torch.get_num_threads()
+
+    def at(tensor: Tensor | None, elements: int) -> int | None:
+        return None if tensor is None else tensor.data_ptr() + elements * itemsize
+
+    for d in range(directions):
+        first = d * per_direction
+        state, steps = d * N * H, d * T * N * H
+        # Either bias has the same gradient; the kernel writes it once.
+        biases = [b for b in dw[first + 2 : first + per_direction] if b is not None]
+        _core.backward(
+            itemsize,
+            threads,
+            T,
+            N,
+            D,
+            H,
+            d == 1,
+            weights[first].data_ptr(),
+            weights[first + 1].data_ptr(),
+            x.data_ptr(),
+            x_t,
+            x_n,
+            at(h0, state),
+            at(c0, state),
+            at(y, d * H),
+            N * directions * H,
+            directions * H,
+            at(gates, 4 * steps),
+            at(cells, steps),
+            at(grad_y, d * H),
+            grad_t,
+            grad_n,
+            at(grad_h, state),
+            at(grad_c, state),
+            at(dx, d * T * N * D),
+            N * D,
+            D,
+            at(dw[first], 0),
+            at(dw[first + 1], 0),
+            at(biases[0], 0) if biases else None,
+            at(dh0, state),
+            at(dc0, state),
+        )
+        for other in biases[1:]:
+            other.copy_(biases[0])
+    summed = None if dx is None else dx[0] if directions == 1 else dx[0].add_(dx[1])
+    return (summed, dh0, dc0, *dw)
+
+
+def _differentiable_backward(
+    inputs: list[Tensor],
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    needed: tuple[bool, ...],
+) -> _Grads:
+    """Compute the same gradients through torch's own LSTM, whose backward has a backward."""
+    x, h0, c0, *weights = inputs
+    bidirectional = h0.shape[0] == 2
+    has_biases = len(weights) == 4 * h0.shape[0]
+    outputs = torch._VF.lstm(
+        x, (h0, c0), weights, has_biases, 1, 0.0, False, bidirectional, False
+    )
+    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+    wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
+    found = iter(
+        torch.autograd.grad(
+            [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
+        )
+    )
+    return tuple(next(found) if need else None for need in needed)
+
+
+def _layer(
+    x: Tensor, h0: Tensor, c0: Tensor, weights: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, h0, c0, *weights)):
+        return _Layer.apply(x, h0, c0, *weights)  # type: ignore[no-any-return]
+    return _run_forward(x, h0, c0, weights, keep=False)[:3]
+
+
+class LSTM(torch.nn.LSTM):
+    """`torch.nn.LSTM` on the kernels of fastlstm: the same constructor, parameters and results.
+
+    Dense float32 and float64 CPU tensors run on the kernels, forward and backward. Everything else
+    (packed sequences, `proj_size`, half precision, other devices, functorch transforms, autocast,
+    tracing and compiling, double backward) runs as in `torch.nn.LSTM`.
+    """
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """Run over `input`: shapes, results and errors of `torch.nn.LSTM`."""
+        if _observed():
+            return super().forward(input, hx)
+        self._update_flat_weights()
+        if not self._served(input, hx):
+            return super().forward(input, hx)
+
+        directions = 2 if self.bidirectional else 1
+        count = self.num_layers * directions
+        batched = input.dim() == 3
+        if not batched:
+            x = input.unsqueeze(1)
+        elif self.batch_first:
+            x = input.transpose(0, 1)
+        else:
+            x = input
+        N = x.shape[1]
+        if hx is None:
+            h0 = c0 = x.new_zeros((count, N, self.hidden_size))
+        elif batched:
+            h0, c0 = hx
+        else:
+            h0, c0 = (state.unsqueeze(1) for state in hx)
+
+        per_layer = len(self._flat_weights) // self.num_layers
+        h_n, c_n = [], []
+        for k in range(self.num_layers):
+            own = slice(k * directions, (k + 1) * directions)
+            weights = tuple(self._flat_weights[k * per_layer : (k + 1) * per_layer])
+            if count == directions:
+                x, h, c = _layer(x, h0, c0, weights)
+            else:
+                x, h, c = _layer(x, h0[own], c0[own], weights)
+            if self.dropout and self.training and k < self.num_layers - 1:
+                x = torch.dropout(x, self.dropout, True)
+            h_n.append(h)
+            c_n.append(c)
+        h = h_n[0] if self.num_layers == 1 else torch.cat(h_n)
+        c = c_n[0] if self.num_layers == 1 else torch.cat(c_n)
+        if not batched:
+            return x.squeeze(1), (h.squeeze(1), c.squeeze(1))
+        return x.transpose(0, 1) if self.batch_first else x, (h, c)
+
+    def _served(self, input: Any, hx: Any) -> bool:
+        """Return whether the kernels can run this call. Whatever is not exactly right is not."""
+        weights = self._flat_weights
+        if not weights or self.proj_size:
+            return False
+        dtype = getattr(weights[0], "dtype", None)
+        if dtype is not torch.float32 and dtype is not torch.float64:
+            return False
+        if not _plain(input, dtype) or not all(_plain(w, dtype) for w in weights):
+            return False
+        H = self.hidden_size
+        directions = 2 if self.bidirectional else 1
+        batched = input.dim() == 3
+        if not batched and input.dim() != 2:
+            return False
+        shape = input.shape
+        if shape[-1] != self.input_size:
+            return False
+        T, N = (shape[0], 1) if not batched else shape[1::-1] if self.batch_first else shape[:2]
+        if T == 0 or N == 0:
+            return False
+        per_direction = 4 if self.bias else 2
+        if len(weights) != self.num_layers * directions * per_direction:
+            return False
+        for k in range(0, len(weights), per_direction):
+            inputs = self.input_size if k < directions * per_direction else directions * H
+            if weights[k].shape != (4 * H, inputs) or weights[k + 1].shape != (4 * H, H):
+                return False
+            if self.bias and not weights[k + 2].shape == weights[k + 3].shape == (4 * H,):
+                return False
+        if hx is None:
+            return True
+        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+            return False
+        count = self.num_layers * directions
+        state = (count, N, H) if batched else (count, H)
+        return all(_plain(s, dtype) and s.shape == state for s in hx)
+
+
+class LSTMCell(torch.nn.LSTMCell):
+    """`torch.nn.LSTMCell` on the kernels of fastlstm: the same constructor, parameters and results.
+
+    What the kernels do not serve (see :class:`LSTM`) runs as in `torch.nn.LSTMCell`.
+    """
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """Run one step on `input`: shapes, results and errors of `torch.nn.LSTMCell`."""
+        if _observed() or not self._served(input, hx):
+            return super().forward(input, hx)
+        batched = input.dim() == 2
+        x = input.unsqueeze(0) if batched else input.view(1, 1, -1)
+        if hx is None:
+            h0 = c0 = x.new_zeros((1, x.shape[1], self.hidden_size))
+        else:
+            h0, c0 = (s.unsqueeze(0) if batched else s.view(1, 1, -1) for s in hx)
+        weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        _, h, c = _layer(x, h0, c0, weights if self.bias else weights[:2])
+        return (h.squeeze(0), c.squeeze(0)) if batched else (h.view(-1), c.view(-1))
+
+    def _served(self, input: Any, hx: Any) -> bool:
+        D, H = self.input_size, self.hidden_size
+        weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        shapes = ((4 * H, D), (4 * H, H), (4 * H,), (4 * H,))
+        dtype = getattr(weights[0], "dtype", None)
+        if (dtype is not torch.float32 and dtype is not torch.float64) or D == 0 or H == 0:
+            return False
+        for weight, shape in zip(weights, shapes, strict=True):
+            if weight is None and not self.bias and len(shape) == 1:
+                continue
+            if not _plain(weight, dtype) or weight.shape != shape:
+                return False
+        if not _plain(input, dtype) or input.dim() not in (1, 2):
+            return False
+        batch = input.shape[:-1]
+        if input.shape[-1] != D or batch == (0,):
+            return False
+        if hx is None:
+            return True
+        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+            return False
+        return all(_plain(s, dtype) and s.shape == (*batch, H) for s in hx)
+
+
+def convert(model: _Module) -> _Module:
+    """Turn every `torch.nn.LSTM` and `torch.nn.LSTMCell` inside a model into fastlstm's.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Changed in place: each such module becomes an instance of the class here and keeps its
+        parameters, buffers, hooks and mode. Subclasses of torch's are left alone.
+
+    Returns
+    -------
+    torch.nn.Module
+        `model` itself.
+
+    Raises
+    ------
+    TypeError
+        If `model` is not a Module.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        if type(module) is torch.nn.LSTM:
+            module.__class__ = LSTM
+        elif type(module) is torch.nn.LSTMCell:
+            module.__class__ = LSTMCell
+    return model
