@@ -1,5 +1,6 @@
-// The backward pass through time: from the last step to the first, block by block. Within a block the
-// steps give dz; then dx, dW and db of the block are large products, while dz is still in cache.
+// The backward pass through time: from the last step to the first, block by block. Within a block
+// the steps give dz; then dx, dW and db of the block are large products, while dz is still in
+// cache.
 #include <algorithm>
 #include <vector>
 
@@ -59,8 +60,8 @@ struct Right {
   }
 };
 
-// Depth of one pass of a weight-gradient product: its panel stays in L1 and L2, and the partial sums
-// are added in pieces, which rounds better than one long chain.
+// Depth of one pass of a weight-gradient product: its panel stays in L1 and L2, and the partial
+// sums are added in pieces, which rounds better than one long chain.
 constexpr int64_t kDepth = 256;
 
 template <class T>
@@ -90,7 +91,8 @@ bool run(const Backward<T>& in, const Plan& plan, const Kernels<T>& kernel) {
   const int64_t x_place = workspace.reserve<T>(x_shape.packed_size(block_rows));
   const int64_t h_place = workspace.reserve<T>(h_shape.packed_size(block_rows));
   // Where there are several blocks, slot `block` carries the dz of the step after the block.
-  const int64_t dz_place = workspace.reserve<T>((plan.block + (plan.block < steps)) * batch * gates);
+  const int64_t dz_place =
+      workspace.reserve<T>((plan.block + (plan.block < steps)) * batch * gates);
   const bool weights = in.dw_ih || in.dw_hh;
   const int64_t dz_t_place = workspace.reserve<T>(weights ? gates * block_rows : 0);
   workspace.allocate();
@@ -183,13 +185,12 @@ bool run(const Backward<T>& in, const Plan& plan, const Kernels<T>& kernel) {
           const int64_t initial = s0 == 0 ? batch : 0;  // rows whose h_{t-1} is h0
           kernel.pack_rows(h0, 0, initial, hidden, from, past, h_panels);
           if (rows > initial)
-            kernel.pack_rows(y.block(s0 == 0 ? 0 : s0 - 1, 0, batch), initial, rows - initial, hidden,
-                             from, past, h_panels);
+            kernel.pack_rows(y.block(s0 == 0 ? 0 : s0 - 1, 0, batch), initial, rows - initial,
+                             hidden, from, past, h_panels);
         }
       }
       all.wait(threads);  // dz of the whole batch is there
-      if (weights)
-        kernel.transpose(dz, rows, m0, m1, dz_t + m0 * block_rows, block_rows);
+      if (weights) kernel.transpose(dz, rows, m0, m1, dz_t + m0 * block_rows, block_rows);
       if (in.dw_ih) accumulate(in.dw_ih, input, x_shape, x_panels, rows, last);
       if (in.dw_hh) accumulate(in.dw_hh, hidden, h_shape, h_panels, rows, last);
       if (in.db) kernel.sum_rows(dz, rows, m0, m1, in.db, !last);

@@ -1,5 +1,5 @@
-// The only pybind11 file: turns Python arguments into the structs of lstm.h, releases the GIL, calls.
-// It checks nothing: python/fastlstm/ has checked and allocated everything.
+// The only pybind11 file: turns Python arguments into the structs of lstm.h, releases the GIL,
+// calls. It checks nothing: python/fastlstm/ has checked and allocated everything.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -55,10 +55,10 @@ auto with_type(int itemsize, F&& f) {
   return itemsize == 4 ? f(static_cast<float*>(nullptr)) : f(static_cast<double*>(nullptr));
 }
 
-void run_forward(int itemsize, int threads, int64_t T, int64_t N, int64_t D, int64_t H, bool reverse,
-                 Address w_ih, Address w_hh, Address b_ih, Address b_hh, Address x, int64_t x_t,
-                 int64_t x_n, Address h0, Address c0, Address y, int64_t y_t, int64_t y_n, Address h_n,
-                 Address c_n, Address gates, Address cells) {
+void run_forward(int itemsize, int threads, int64_t T, int64_t N, int64_t D, int64_t H,
+                 bool reverse, Address w_ih, Address w_hh, Address b_ih, Address b_hh, Address x,
+                 int64_t x_t, int64_t x_n, Address h0, Address c0, Address y, int64_t y_t,
+                 int64_t y_n, Address h_n, Address c_n, Address gates, Address cells) {
   py::gil_scoped_release release;
   with_type(itemsize, [&](auto* type) {
     using E = std::remove_pointer_t<decltype(type)>;

@@ -85,7 +85,9 @@ bool run(const Forward<T>& in, const Plan& plan, const Kernels<T>& kernel) {
         step.w_hh = plan.direct ? in.layer.w_hh : w_hh;
         step.h_prev = s == 0 ? h0 : y.block(s - 1, 0, batch);
         step.c = in.cells ? kept_cells.block(s, 0, batch) : c_n;
-        step.c_prev = s == 0 ? c0 : in.cells ? Rows<const T>(kept_cells.block(s - 1, 0, batch)) : c_n;
+        step.c_prev = s == 0     ? c0
+                      : in.cells ? Rows<const T>(kept_cells.block(s - 1, 0, batch))
+                                 : c_n;
         step.h = y.block(s, 0, batch);
         step.gates = in.gates ? kept_gates.block(s, 0, batch) : Rows<T>{};
         (plan.direct ? kernel.step_forward_direct : kernel.step_forward)(step, n0, n1, p0, p1);

@@ -2,7 +2,8 @@
 //
 // Legend
 //   T  time steps        N  batch         D  input size       H  hidden size
-//   Gates stand in the order i f g o of torch.nn.LSTM: row g*H + j of a (4H, .) matrix is gate g of unit j.
+//   Gates stand in the order i f g o of torch.nn.LSTM: row g*H + j of a (4H, .) matrix is gate g of
+//   unit j.
 //
 //     z_t = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh
 //     i, f, o = sigmoid(z_i, z_f, z_o)    g = tanh(z_g)
@@ -30,9 +31,13 @@ struct Rows {
   T* at(int64_t t, int64_t n) const { return data + t * step_t + n * step_n; }
   T* row(int64_t m) const { return batch == 1 ? at(m, 0) : at(m / batch, m % batch); }
   // The same rows, time running backwards.
-  Rows flipped(int64_t steps) const { return {data + (steps - 1) * step_t, -step_t, step_n, batch}; }
+  Rows flipped(int64_t steps) const {
+    return {data + (steps - 1) * step_t, -step_t, step_n, batch};
+  }
   // `count` rows of the batch from n, at times t, t + 1, ...
-  Rows block(int64_t t, int64_t n, int64_t count) const { return {at(t, n), step_t, step_n, count}; }
+  Rows block(int64_t t, int64_t n, int64_t count) const {
+    return {at(t, n), step_t, step_n, count};
+  }
   operator Rows<const T>() const { return {data, step_t, step_n, batch}; }
 };
 

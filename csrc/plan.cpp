@@ -7,16 +7,16 @@ namespace {
 
 // Tuning constants. Cycles are of a core with two FMA units; they need to be right within a factor
 // of two, since they only rank the grids.
-constexpr double kRegionCycles = 12000;   // starting a parallel region and meeting at its end
-constexpr double kBarrierCycles = 2500;   // one barrier between two steps, on a machine with company
-constexpr double kL2Bytes = 512 << 10;    // what a core's own cache holds beside other things
+constexpr double kRegionCycles = 12000;  // starting a parallel region and meeting at its end
+constexpr double kBarrierCycles = 2500;  // one barrier between two steps, on a machine with company
+constexpr double kL2Bytes = 512 << 10;   // what a core's own cache holds beside other things
 constexpr double kNearBytesPerCycle = 32;  // from L2
 constexpr double kFarBytesPerCycle = 8;    // from L3 or memory
 constexpr double kCellCycles = 100;        // gates, c and h of one vector of units
 constexpr int64_t kDirectRows = 8;         // T * N up to which packing the weights does not pay
 constexpr int64_t kInputInStep = 8;        // D up to which the input product belongs in the step
 constexpr double kForwardBlockBytes = 256 << 10;  // input product held between its two uses
-constexpr int64_t kBackwardBlockRows = 256;  // depth of one weight-gradient product
+constexpr int64_t kBackwardBlockRows = 256;       // depth of one weight-gradient product
 
 // The work of one time step: a product of depth `depth` into `panels` panels for every batch row,
 // and `spread` cycles of other products that split over any threads.
@@ -62,7 +62,8 @@ Plan plan_forward(const Sizes& s, const Machine& m, int threads) {
   plan.direct = few_rows(s);
   plan.input_in_step = plan.direct || s.input <= kInputInStep;
   choose_grid(s, m, {double(s.hidden + s.input), ceil_div(s.hidden, m.lanes), 0}, threads, &plan);
-  const double step_bytes = 4 * double(s.hidden) * double(m.element) * double(std::max<int64_t>(1, s.batch));
+  const double step_bytes =
+      4 * double(s.hidden) * double(m.element) * double(std::max<int64_t>(1, s.batch));
   plan.block = std::clamp<int64_t>(int64_t(kForwardBlockBytes / step_bytes), 1, s.steps);
   return plan;
 }

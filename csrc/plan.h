@@ -9,19 +9,21 @@
 namespace fastlstm {
 
 // Threads form a grid of row_groups x panel_groups over (batch rows, panels of hidden units); each
-// owns one rectangle of every step. Threads that share batch rows meet at a barrier after each step;
-// row groups never wait for one another within a time block. Serial is 1 x 1.
+// owns one rectangle of every step. Threads that share batch rows meet at a barrier after each
+// step; row groups never wait for one another within a time block. Serial is 1 x 1.
 struct Plan {
   int row_groups = 1;
   int panel_groups = 1;
-  bool direct = false;         // read the weights where they are instead of packing them
-  bool input_in_step = false;  // forward: the input product inside the step, not a product over time
-  int64_t block = 1;           // time steps whose input product (or dz) is held at once
+  bool direct = false;  // read the weights where they are instead of packing them
+  bool input_in_step =
+      false;          // forward: the input product inside the step, not a product over time
+  int64_t block = 1;  // time steps whose input product (or dz) is held at once
 
   int threads() const { return row_groups * panel_groups; }
 };
 
-// `lanes` and `rows` are those of Kernels<T>; `width` is the units of a panel; `element` is sizeof(T).
+// `lanes` and `rows` are those of Kernels<T>; `width` is the units of a panel; `element` is
+// sizeof(T).
 struct Machine {
   int64_t lanes;
   int64_t rows;

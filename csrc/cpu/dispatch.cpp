@@ -39,9 +39,7 @@ bool os_saves(uint64_t state) {
 constexpr uint64_t kYmm = 0x06;  // SSE and AVX state
 constexpr uint64_t kZmm = 0xe6;  // and opmask, ZMM_Hi256, Hi16_ZMM
 
-bool has_avx2() {
-  return (cpuid(1).c & bit_FMA) && (cpuid(7).b & bit_AVX2) && os_saves(kYmm);
-}
+bool has_avx2() { return (cpuid(1).c & bit_FMA) && (cpuid(7).b & bit_AVX2) && os_saves(kYmm); }
 bool has_avx512() { return has_avx2() && (cpuid(7).b & bit_AVX512F) && os_saves(kZmm); }
 #endif
 
@@ -83,8 +81,8 @@ void use_isa(const std::string& name) {
       return;
     }
   throw std::invalid_argument("expected one of " + join(supported_isas()) +
-                              " (what this machine runs of the compiled " +
-                              join(compiled_isas()) + "), got '" + name + "'");
+                              " (what this machine runs of the compiled " + join(compiled_isas()) +
+                              "), got '" + name + "'");
 }
 
 void use_default_isa() {

@@ -26,8 +26,8 @@ struct Panels {
   const T* data;
   int64_t panel_step;
   int64_t row_step;
-  int64_t full;          // panels before the tail
-  const T* tail;         // the last panel where it is narrower than four vectors
+  int64_t full;   // panels before the tail
+  const T* tail;  // the last panel where it is narrower than four vectors
   int64_t tail_row_step;
 
   const T* at(int64_t p) const { return p < full ? data + p * panel_step : tail; }
@@ -52,12 +52,12 @@ struct Product {
 template <class T>
 struct StepForward {
   int64_t hidden;
-  int64_t input;  // D, or 0 where `start` already holds the input product
+  int64_t input;        // D, or 0 where `start` already holds the input product
   Rows<const T> start;  // (N, 4H); step_n 0 for a bias
   Rows<const T> x;      // (N, D)
   const T* w_ih;        // gate panels (see pack_gates), or (4H, D) as it is for step_forward_direct
   Rows<const T> h_prev;
-  const T* w_hh;        // gate panels, or (4H, H) as it is
+  const T* w_hh;  // gate panels, or (4H, H) as it is
   Rows<const T> c_prev;
   Rows<T> c;
   Rows<T> h;
@@ -106,7 +106,8 @@ struct Kernels {
   void (*step_backward)(const StepBackward<T>&, int64_t n0, int64_t n1, int64_t p0, int64_t p1);
 
   void (*map)(Function, const T* x, T* y, int64_t count);
-  // Runs `count` rounds of independent fused multiply-adds in registers; returns the operations done.
+  // Runs `count` rounds of independent fused multiply-adds in registers; returns the operations
+  // done.
   double (*fma_loop)(int64_t count);
 };
 

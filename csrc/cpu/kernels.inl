@@ -1,6 +1,6 @@
-// The one source of every kernel. Each kernels_<isa>.cpp defines FASTLSTM_ISA, is compiled with that
-// ISA's flags and includes this file. No STL here: an inline function of the library compiled for
-// AVX-512 could be the copy the linker keeps, and an older CPU would die on it.
+// The one source of every kernel. Each kernels_<isa>.cpp defines FASTLSTM_ISA, is compiled with
+// that ISA's flags and includes this file. No STL here: an inline function of the library compiled
+// for AVX-512 could be the copy the linker keeps, and an older CPU would die on it.
 //
 // From the top: the tile product (the only inner loop of matrix products), pack and transpose, the
 // product over rows and panels, the LSTM step forward and backward.
@@ -138,45 +138,45 @@ void product(const Product<T>& in, int64_t m0, int64_t m1, int64_t p0, int64_t p
     const int64_t step = in.b.step(p);
     const int64_t first = p * (in.columns.gates ? VL : kPanelVectors * VL);
     const int64_t vector_step = in.columns.gates ? in.columns.count : VL;
-    with_int<kPanelVectors>(step / VL < kPanelVectors && p >= in.b.full ? step / VL : kPanelVectors,
-                            [&](auto vectors) {
-      constexpr int V = decltype(vectors)::value;
-      int64_t width[V];  // valid lanes of each vector
-      for (int v = 0; v < V; ++v) {
-        const int64_t left = in.columns.count - first - (in.columns.gates ? 0 : v * VL);
-        width[v] = left < VL ? left : VL;
-      }
-      const bool whole = width[V - 1] == VL;
-      for_tiles(m0, m1, [&](int64_t m, auto rows) {
-        constexpr int M = decltype(rows)::value;
-        const T* a[M];
-        T* c[M];
-        Vec<T> acc[M][V];
-        for (int r = 0; r < M; ++r) {
-          a[r] = in.a.row(m + r);
-          c[r] = in.c.row(m + r) + first;
-        }
-        for (int v = 0; v < V; ++v) {
-          Vec<T> start{};
-          if (in.start) start = load(in.start + first + v * vector_step, width[v]);
-          for (int r = 0; r < M; ++r) acc[r][v] = start;
-        }
-        multiply<T, M, V>(a, in.depth, b, step, acc);
-        if (whole) {
-          for (int r = 0; r < M; ++r)
-            for (int v = 0; v < V; ++v) {
-              T* to = c[r] + v * vector_step;
-              store(to, in.accumulate ? acc[r][v] + load(to) : acc[r][v]);
+    with_int<kPanelVectors>(
+        step / VL < kPanelVectors && p >= in.b.full ? step / VL : kPanelVectors, [&](auto vectors) {
+          constexpr int V = decltype(vectors)::value;
+          int64_t width[V];  // valid lanes of each vector
+          for (int v = 0; v < V; ++v) {
+            const int64_t left = in.columns.count - first - (in.columns.gates ? 0 : v * VL);
+            width[v] = left < VL ? left : VL;
+          }
+          const bool whole = width[V - 1] == VL;
+          for_tiles(m0, m1, [&](int64_t m, auto rows) {
+            constexpr int M = decltype(rows)::value;
+            const T* a[M];
+            T* c[M];
+            Vec<T> acc[M][V];
+            for (int r = 0; r < M; ++r) {
+              a[r] = in.a.row(m + r);
+              c[r] = in.c.row(m + r) + first;
             }
-        } else {
-          for (int r = 0; r < M; ++r)
             for (int v = 0; v < V; ++v) {
-              T* to = c[r] + v * vector_step;
-              store(to, in.accumulate ? acc[r][v] + load(to, width[v]) : acc[r][v], width[v]);
+              Vec<T> start{};
+              if (in.start) start = load(in.start + first + v * vector_step, width[v]);
+              for (int r = 0; r < M; ++r) acc[r][v] = start;
             }
-        }
-      });
-    });
+            multiply<T, M, V>(a, in.depth, b, step, acc);
+            if (whole) {
+              for (int r = 0; r < M; ++r)
+                for (int v = 0; v < V; ++v) {
+                  T* to = c[r] + v * vector_step;
+                  store(to, in.accumulate ? acc[r][v] + load(to) : acc[r][v]);
+                }
+            } else {
+              for (int r = 0; r < M; ++r)
+                for (int v = 0; v < V; ++v) {
+                  T* to = c[r] + v * vector_step;
+                  store(to, in.accumulate ? acc[r][v] + load(to, width[v]) : acc[r][v], width[v]);
+                }
+            }
+          });
+        });
   }
 }
 
@@ -388,7 +388,7 @@ double fma_loop(int64_t count) {
   for (int c = 0; c < kChains; ++c) acc[c] = broadcast(T(c));
   Vec<T> a = broadcast(T(0.5)), b = broadcast(T(1));
   for (int64_t k = 0; k < count; ++k) {
-    asm volatile("" : "+x"(a), "+x"(b));  // keeps the loop from being folded
+    asm volatile("" : "+m"(a), "+m"(b));  // keeps the loop from being folded
 #pragma GCC unroll 16
     for (int c = 0; c < kChains; ++c) acc[c] = fma(acc[c], a, b);
   }
@@ -401,10 +401,9 @@ double fma_loop(int64_t count) {
 
 template <class T>
 constexpr Kernels<T> table() {
-  return {lanes<T>(), kTileRows,       pack_gates<T>,          pack_rows<T>,
-          transpose<T>, sum_rows<T>,   product<T>,             step_forward<T>,
-          step_forward_direct<T>,      step_backward<T>,       map<T>,
-          fma_loop<T>};
+  return {lanes<T>(),  kTileRows,  pack_gates<T>,   pack_rows<T>,           transpose<T>,
+          sum_rows<T>, product<T>, step_forward<T>, step_forward_direct<T>, step_backward<T>,
+          map<T>,      fma_loop<T>};
 }
 
 }  // namespace

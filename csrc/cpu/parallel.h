@@ -1,4 +1,5 @@
-// The only file that knows OpenMP: threads, barriers, fork, and the floating-point mode of a thread.
+// The only file that knows OpenMP: threads, barriers, fork, and the floating-point mode of a
+// thread.
 #pragma once
 
 #include <atomic>

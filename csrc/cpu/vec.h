@@ -82,8 +82,12 @@ FASTLSTM_INLINE void store(float* p, Vec<float> v, int64_t n) {
 FASTLSTM_INLINE void store(double* p, Vec<double> v, int64_t n) {
   _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), v);
 }
-FASTLSTM_INLINE Vec<float> ldexp(Vec<float> v, Vec<float> n) { return _mm512_maskz_scalef_ps(__mmask16(-1), v, n); }
-FASTLSTM_INLINE Vec<double> ldexp(Vec<double> v, Vec<double> n) { return _mm512_maskz_scalef_pd(__mmask8(-1), v, n); }
+FASTLSTM_INLINE Vec<float> ldexp(Vec<float> v, Vec<float> n) {
+  return _mm512_maskz_scalef_ps(__mmask16(-1), v, n);
+}
+FASTLSTM_INLINE Vec<double> ldexp(Vec<double> v, Vec<double> n) {
+  return _mm512_maskz_scalef_pd(__mmask8(-1), v, n);
+}
 template <class V>
 FASTLSTM_INLINE V exp2_integral(V n) {
   return ldexp(V{} + decltype(n[0] + 0)(1), n);

@@ -3,6 +3,8 @@
 //
 // One reduction serves all three: x = n ln 2 + r with |r| <= ln 2 / 2, and expm1(r) = r + r^2 q(r).
 // q is the minimax (float32) or Chebyshev (float64) fit of (expm1(r) - r) / r^2 on that interval.
+// The worst errors come from where a result lies just below a power of two; the order of the sums
+// below is chosen for that.
 
 template <class T>
 struct Exp;
@@ -12,11 +14,14 @@ struct Exp<float> {
   static constexpr float kLog2e = 0x1.715476p0f;
   static constexpr float kLn2Hi = 0x1.63p-1f;  // few bits, so that n * kLn2Hi is exact
   static constexpr float kLn2Lo = -0x1.bd0106p-13f;
-  static constexpr float kLowest = -104.0f;  // exp is 0 below
-  static constexpr float kHighest = 89.0f;   // exp is inf above
-  static constexpr float kTanhOne = 10.0f;   // tanh rounds to 1 above
+  static constexpr float kLowest = -104.0f;    // exp is 0 below
+  static constexpr float kHighest = 89.0f;     // exp is inf above
+  static constexpr float kSigmoidOne = 30.0f;  // 1 + exp(-x) rounds to 1 above
+  static constexpr float kTanhOne = 10.0f;     // tanh rounds to 1 above
   static constexpr float q[] = {0x1.fffffep-2f, 0x1.5554bp-3f, 0x1.555674p-5f, 0x1.1227bp-7f,
                                 0x1.6bebfep-10f};
+  static constexpr float tanh[] = {-0x1.555554p-2f, 0x1.110feap-3f, -0x1.b99feep-5f, 0x1.5d1deap-6f,
+                                   -0x1.b11612p-8f};
 };
 template <>
 struct Exp<double> {
@@ -26,6 +31,7 @@ struct Exp<double> {
   static constexpr double kLn2Lo = 0x1.7f7d1cf79abcap-20;
   static constexpr double kLowest = -746.0;
   static constexpr double kHighest = 710.0;
+  static constexpr double kSigmoidOne = 45.0;
   static constexpr double kTanhOne = 20.0;
   static constexpr double q[] = {0x1p-1,
                                  0x1.5555555555557p-3,
@@ -38,6 +44,10 @@ struct Exp<double> {
                                  0x1.27e4db57442fbp-22,
                                  0x1.af4e196027428p-26,
                                  0x1.1f731ea5352cap-29};
+  static constexpr double tanh[] = {
+      -0x1.5555555555555p-2,  0x1.1111111111109p-3,  -0x1.ba1ba1ba1a705p-5,  0x1.664f48822d60dp-6,
+      -0x1.226e353973fdep-7,  0x1.d6d3c5ee500bfp-9,  -0x1.7da25c3bd077bp-10, 0x1.3547ad42a2cc7p-11,
+      -0x1.f41bde30ad0c5p-13, 0x1.8c8d808d1d698p-14, -0x1.1accbc7e7ff2p-15,  0x1.0809ea9dc2203p-17};
 };
 
 template <class T>
@@ -46,18 +56,23 @@ struct Reduced {
   Vec<T> expm1;  // exp(r) - 1
 };
 
+// c[0] + c[1] x + c[2] x^2 + ...
+template <class T, int N>
+FASTLSTM_INLINE Vec<T> polynomial(Vec<T> x, const T (&c)[N]) {
+  Vec<T> sum = broadcast(c[N - 1]);
+#pragma GCC unroll 16
+  for (int k = N - 2; k >= 0; --k) sum = fma(sum, x, broadcast(c[k]));
+  return sum;
+}
+
 template <class T>
 FASTLSTM_INLINE Reduced<T> reduce(Vec<T> x) {
   using E = Exp<T>;
-  constexpr int degree = sizeof(E::q) / sizeof(T) - 1;
   const Vec<T> magic = broadcast(E::kRound);
-  Vec<T> n = fma(x, broadcast(E::kLog2e), magic) - magic;
+  const Vec<T> n = fma(x, broadcast(E::kLog2e), magic) - magic;
   Vec<T> r = fma(n, broadcast(-E::kLn2Hi), x);
   r = fma(n, broadcast(-E::kLn2Lo), r);
-  Vec<T> q = broadcast(E::q[degree]);
-#pragma GCC unroll 16
-  for (int k = degree - 1; k >= 0; --k) q = fma(q, r, broadcast(E::q[k]));
-  return {n, fma(r * r, q, r)};
+  return {n, fma(r * r, polynomial<T>(r, E::q), r)};
 }
 
 // A NaN passes both: the comparison fails and x stays.
@@ -70,42 +85,42 @@ FASTLSTM_INLINE V at_least(V x, V bound) {
   return x < bound ? bound : x;
 }
 
-template <class T>
-FASTLSTM_INLINE Vec<T> sign_bit(Vec<T> x) {
-  return (Vec<T>)((Bits<T>)x & (Bits<T>)broadcast(T(-0.0)));
-}
-template <class T>
-FASTLSTM_INLINE Vec<T> flip_sign(Vec<T> x, Vec<T> sign) {
-  return (Vec<T>)((Bits<T>)x ^ (Bits<T>)sign);
-}
-
-// max error 2 ULP (float32 and float64)
+// max error 2 ULP
 template <class T>
 FASTLSTM_INLINE Vec<T> exp(Vec<T> x) {
   x = at_least(at_most(x, broadcast(Exp<T>::kHighest)), broadcast(Exp<T>::kLowest));
-  Reduced<T> e = reduce<T>(x);
+  const Reduced<T> e = reduce<T>(x);
   return ldexp(e.expm1 + T(1), e.n);
 }
 
-// 1 / (1 + exp(-x)), max error 2 ULP. Through exp(-|x|), which cannot overflow; for negative x the
-// quotient keeps its relative accuracy down to the last denormal.
+// 1 + 2^n (1 + expm1), rounded once where 1 + 2^n is exact, and as good as once elsewhere.
 template <class T>
-FASTLSTM_INLINE Vec<T> sigmoid(Vec<T> x) {
-  Vec<T> minus_abs = (Vec<T>)((Bits<T>)x | (Bits<T>)broadcast(T(-0.0)));
-  Reduced<T> r = reduce<T>(at_least(minus_abs, broadcast(Exp<T>::kLowest)));
-  Vec<T> e = ldexp(r.expm1 + T(1), r.n);
-  return (x < T(0) ? e : broadcast(T(1))) / (e + T(1));
+FASTLSTM_INLINE Vec<T> one_plus_exp(Vec<T> n, Vec<T> expm1) {
+  const Vec<T> scale = exp2_integral(n);
+  const Vec<T> high = scale + T(1), low = (scale - high) + T(1);
+  return high + fma(scale, expm1, low);
 }
 
-// max error 2 ULP. tanh|x| = m / (m + 2) with m = expm1(2|x|) = 2^n expm1(r) + (2^n - 1), where
-// nothing cancels: for tiny x n is 0 and m keeps the relative accuracy of expm1(r).
+// 1 / (1 + exp(-x)), max error 2 ULP. Where exp(-x) would overflow, a power of two moves into the
+// numerator, so the quotient is right down to the last denormal.
+template <class T>
+FASTLSTM_INLINE Vec<T> sigmoid(Vec<T> x) {
+  x = at_least(at_most(x, broadcast(Exp<T>::kSigmoidOne)), broadcast(Exp<T>::kLowest));
+  const Reduced<T> e = reduce<T>(-x);
+  const Vec<T> n = at_most(e.n, broadcast(T(100)));
+  return exp2_integral(n - e.n) / one_plus_exp<T>(n, e.expm1);
+}
+
+// max error 2 ULP. |x| < 0.55: x + x^3 t(x^2), t the Chebyshev fit; beyond: 1 - 2 / (1 +
+// exp(2|x|)).
 template <class T>
 FASTLSTM_INLINE Vec<T> tanh(Vec<T> x) {
-  Vec<T> sign = sign_bit<T>(x);
-  Vec<T> twice = at_most(flip_sign<T>(x, sign), broadcast(Exp<T>::kTanhOne));
-  twice = twice + twice;
-  Reduced<T> r = reduce<T>(twice);
-  Vec<T> scale = exp2_integral(r.n);
-  Vec<T> m = fma(r.expm1, scale, scale - T(1));
-  return flip_sign<T>(m / (m + T(2)), sign);
+  const Vec<T> square = x * x;
+  const Vec<T> small = fma(x * square, polynomial<T>(square, Exp<T>::tanh), x);
+  const Bits<T> sign = (Bits<T>)x & (Bits<T>)broadcast(T(-0.0));
+  const Vec<T> abs = (Vec<T>)((Bits<T>)x ^ sign);
+  const Vec<T> bounded = at_most(abs, broadcast(Exp<T>::kTanhOne));
+  const Reduced<T> e = reduce<T>(bounded + bounded);
+  const Vec<T> large = T(1) - T(2) / one_plus_exp<T>(e.n, e.expm1);
+  return abs < T(0.55) ? small : (Vec<T>)((Bits<T>)large | sign);
 }

@@ -26,7 +26,8 @@ class Workspace {
     return place;
   }
   void allocate() {
-    if (size_ > 0) memory_ = static_cast<char*>(::operator new(size_t(size_), std::align_val_t(kLine)));
+    if (size_ > 0)
+      memory_ = static_cast<char*>(::operator new(size_t(size_), std::align_val_t(kLine)));
   }
   template <class T>
   T* at(int64_t place) const {

@@ -18,8 +18,11 @@ _MAX_BYTES = 2**62  # below the range of int64 with room for what kernels add up
 def float_dtype(name: str, dtype: Any) -> np.dtype[Any]:
     """Return `dtype` as a native float32 or float64, or raise TypeError."""
     if dtype not in FLOATS:
-        raise TypeError(f"{name}: expected dtype float32 or float64 (native byte order), got {dtype}")
-    return np.dtype(dtype)
+        raise TypeError(
+            f"{name}: expected dtype float32 or float64 (native byte order), got {dtype}"
+        )
+    found: np.dtype[Any] = np.dtype(dtype)
+    return found
 
 
 def array(name: str, value: Any, dtype: np.dtype[Any] | None = None) -> Array:
@@ -41,12 +44,12 @@ def shaped(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) 
 
 
 def packed(value: Array) -> Array:
-    """Return `value` as the kernels read matrices: aligned and C-contiguous; a copy if it is not."""
+    """Return `value` aligned and C-contiguous for the kernels: a copy if it is not."""
     return np.require(value, requirements=["C", "A"])
 
 
 def rows(value: Array) -> tuple[Array, int, int]:
-    """Return a (T, N, columns) array as the kernels read it, with its first two strides in elements.
+    """Return a (T, N, columns) array as the kernels read it, and its first two element strides.
 
     A copy is made only where the last dimension is not contiguous or the memory is not aligned.
     """
@@ -86,7 +89,10 @@ def flag(name: str, value: Any) -> bool:
 def sizes(name: str, T: int, N: int, D: int, H: int, itemsize: int) -> None:
     """Raise ValueError where a pass of these sizes could not be addressed."""
     # Activations, weights, and the widest padding of a panel (64 columns).
-    if 8 * itemsize * (T * (N + 1) * (D + H + 64) + (D + 64) * (H + 64) + (H + 64) ** 2) > _MAX_BYTES:
+    if (
+        8 * itemsize * (T * (N + 1) * (D + H + 64) + (D + 64) * (H + 64) + (H + 64) ** 2)
+        > _MAX_BYTES
+    ):
         raise ValueError(
             f"{name}: expected sizes that fit in memory, got T={T}, N={N}, D={D}, H={H}"
         )
@@ -95,8 +101,10 @@ def sizes(name: str, T: int, N: int, D: int, H: int, itemsize: int) -> None:
 def pair(name: str, value: Any) -> tuple[Any, Any]:
     """Return a tuple or list of two."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        got = f"{type(value).__name__} of length {len(value)}" if isinstance(
-            value, (Sequence, np.ndarray)
-        ) and np.ndim(value) else type(value).__name__
+        got = (
+            f"{type(value).__name__} of length {len(value)}"
+            if isinstance(value, (Sequence, np.ndarray)) and np.ndim(value)
+            else type(value).__name__
+        )
         raise TypeError(f"{name}: expected a pair (h, c), got {got}")
     return value[0], value[1]

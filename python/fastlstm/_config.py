@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import operator
 import platform
 
@@ -53,9 +52,10 @@ def get_num_threads() -> int:
 def show_config() -> None:
     """Print version, ISA, threads, OpenMP runtime, compiler and the versions of NumPy and torch."""
     # torch is looked up, not imported: importing it takes seconds and may itself be what is broken.
-    torch = (
-        importlib.metadata.version("torch") if importlib.util.find_spec("torch") else "not installed"
-    )
+    try:
+        torch = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        torch = "not installed"
     rows = {
         "fastlstm": _core.__version__,
         "ISA": f"{_core.active_isa()} (compiled: {', '.join(_core.compiled_isas())}; "

@@ -24,8 +24,8 @@ class LayerTape:
     """What :func:`lstm_backward` needs of a forward call. Made by :func:`lstm_forward`.
 
     It holds the arrays of the call themselves, not copies: `x`, the weights, the initial state and
-    the returned `y` must stay unchanged until the backward call. Memory of its own: four gates and c
-    for each (t, n, h).
+    the returned `y` must stay unchanged until the backward call. Memory of its own: four gates and
+    c for each (t, n, h).
     """
 
     __slots__ = ("_batched", "_c0", "_cells", "_gates", "_h0", "_reverse", "_weights", "_x", "_y")
@@ -92,8 +92,8 @@ def run_forward(
         y.strides[1] // itemsize,
         h_n,
         c_n,
-        tape and tape._gates,
-        tape and tape._cells,
+        None if tape is None else tape._gates,
+        None if tape is None else tape._cells,
     )
     return tape
 
@@ -113,8 +113,8 @@ def run_backward(
     dx = np.empty(x.shape, dtype)
     dh0 = np.empty((N, H), dtype)
     dc0 = np.empty((N, H), dtype)
-    dw_ih = np.empty_like(weights.weight_ih)
-    dw_hh = np.empty_like(weights.weight_hh)
+    dw_ih = np.empty(weights.weight_ih.shape, dtype)
+    dw_hh = np.empty(weights.weight_hh.shape, dtype)
     db = None if weights.bias_ih is None and weights.bias_hh is None else np.empty(4 * H, dtype)
     _core.backward(
         dtype.itemsize,
@@ -155,17 +155,14 @@ def run_backward(
     return LayerGradients(dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh)
 
 
-def check_weights(
-    weight_ih: Any, weight_hh: Any, bias_ih: Any, bias_hh: Any, suffix: str, D: int, H: int, dtype: Any
-) -> Weights:
-    """Return the weights packed, each checked under its name + `suffix`."""
+def check_weights(values: list[Any], suffix: str, D: int, H: int, dtype: np.dtype[Any]) -> Weights:
+    """Return the four weights packed, each checked under its name + `suffix`."""
+    weight_ih, weight_hh, bias_ih, bias_hh = values
 
     def bias(name: str, value: Any) -> Array | None:
-        return (
-            None
-            if value is None
-            else _check.packed(_check.shaped(name + suffix, value, (4 * H,), dtype))
-        )
+        if value is None:
+            return None
+        return _check.packed(_check.shaped(name + suffix, value, (4 * H,), dtype))
 
     return Weights(
         _check.packed(_check.shaped("weight_ih" + suffix, weight_ih, (4 * H, D), dtype)),
@@ -263,18 +260,18 @@ def lstm_forward(
     batched = x.ndim == 3
     T, *batch, D = x.shape
     _check.array("weight_hh", weight_hh, dtype)
-    if weight_hh.ndim != 2 or weight_hh.shape[1] == 0:
+    if weight_hh.ndim != 2 or weight_hh.shape[0] != 4 * weight_hh.shape[1] or weight_hh.size == 0:
         raise ValueError(f"weight_hh: expected shape (4*H, H) with H >= 1, got {weight_hh.shape}")
     H = weight_hh.shape[1]
     if T == 0 or D == 0:
         raise ValueError(f"x: expected at least one time step and one feature, got {x.shape}")
-    weights = check_weights(weight_ih, weight_hh, bias_ih, bias_hh, "", D, H, dtype)
+    weights = check_weights([weight_ih, weight_hh, bias_ih, bias_hh], "", D, H, dtype)
     _check.sizes("x", T, batch[0] if batched else 1, D, H, dtype.itemsize)
     h0, c0 = check_state("state", state, (*batch, H), dtype)
     shapes = (T, *batch, H), (*batch, H), (*batch, H)
     targets = _check_out(out, shapes, dtype)
 
-    # A target is written directly where the kernels can: packed, no input, and not kept by the tape.
+    # The kernels write straight into a target that is packed, no input, and not kept by the tape.
     inputs = [x, h0, c0, *(w for w in weights if w is not None)]
     results = [
         target
@@ -306,7 +303,9 @@ def _check_out(out: Any, shapes: tuple[tuple[int, ...], ...], dtype: Any) -> lis
     if not isinstance(out, tuple):
         out = (out, None, None)
     if len(out) != 3:
-        raise ValueError(f"out: expected an array or a tuple (y, h_n, c_n), got a tuple of {len(out)}")
+        raise ValueError(
+            f"out: expected an array or a tuple (y, h_n, c_n), got a tuple of {len(out)}"
+        )
     for name, target, shape in zip(("y", "h_n", "c_n"), out, shapes, strict=True):
         if target is not None:
             _check.shaped(f"out ({name})", target, shape, dtype)

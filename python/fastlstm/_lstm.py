@@ -76,8 +76,8 @@ class LSTM:
     ----------
     weights : dict of str to ndarray
         The parameters under the names of `torch.nn.LSTM` (`weight_ih_l0`, (4*H, D), gates in the
-        order i, f, g, o; `weight_hh_l0`, `bias_ih_l0`, `bias_hh_l0`, ..., `_reverse`). They are read
-        anew at each call: change them in place to train.
+        order i, f, g, o; `weight_hh_l0`, `bias_ih_l0`, `bias_hh_l0`, ..., `_reverse`). They are
+        read anew at each call: change them in place to train.
 
     Raises
     ------
@@ -117,7 +117,10 @@ class LSTM:
         )
         self._directions = 2 if self.bidirectional else 1
         self._suffixes = [
-            [f"_l{layer}" + ("_reverse" if direction else "") for direction in range(self._directions)]
+            [
+                f"_l{layer}" + ("_reverse" if direction else "")
+                for direction in range(self._directions)
+            ]
             for layer in range(self.num_layers)
         ]
         self._kinds = ("weight_ih", "weight_hh") + (("bias_ih", "bias_hh") if self.bias else ())
@@ -128,7 +131,9 @@ class LSTM:
             inputs = D if layer == 0 else self._directions * H
             for suffix in suffixes:
                 for kind in self._kinds:
-                    shape = {"weight_ih": (4 * H, inputs), "weight_hh": (4 * H, H)}.get(kind, (4 * H,))
+                    shape = {"weight_ih": (4 * H, inputs), "weight_hh": (4 * H, H)}.get(
+                        kind, (4 * H,)
+                    )
                     values = generator.uniform(-bound, bound, shape)
                     self.weights[kind + suffix] = values.astype(self.dtype)
 
@@ -230,11 +235,11 @@ class LSTM:
             inputs = D if layer == 0 else self._directions * H
             for suffix in suffixes:
                 try:
-                    values = [self.weights[kind + suffix] for kind in self._kinds]
+                    values: list[Any] = [self.weights[kind + suffix] for kind in self._kinds]
                 except KeyError as missing:
                     raise ValueError(f"weights: expected {missing} among them, got none") from None
-                values += [None] * (4 - len(values))  # type: ignore[list-item]
-                checked.append(check_weights(*values, suffix, inputs, H, self.dtype))
+                values += [None] * (4 - len(values))
+                checked.append(check_weights(values, suffix, inputs, H, self.dtype))
         return checked
 
     def backward(
@@ -269,7 +274,7 @@ class LSTM:
         if tape._owner is not self:
             raise ValueError("tape: expected one from forward() of this LSTM, got another LSTM's")
         H, dtype = self.hidden_size, self.dtype
-        T, N, _ = tape._layers[0][0]._y.shape
+        N = tape._layers[0][0]._y.shape[1]
         count = self.num_layers * self._directions
         grad: Array | None = None
         if grad_y is not None:
@@ -335,5 +340,6 @@ class LSTM:
                 raise TypeError(f"{name}: expected real numbers, got dtype {value.dtype}")
             if value.shape != weight.shape:
                 raise ValueError(f"{name}: expected shape {weight.shape}, got {value.shape}")
-            loaded[name] = np.array(value, self.dtype)
-        self.weights.update(loaded)
+            loaded[name] = value
+        for name, value in loaded.items():
+            self.weights[name][...] = value

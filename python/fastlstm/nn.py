@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn.utils.rnn import PackedSequence
 
 from . import _core
 
@@ -42,6 +43,14 @@ def _observed() -> bool:
     )
 
 
+def _check_state_dtype(hx: Any, dtype: torch.dtype) -> None:
+    """Raise where torch would complain of a oneDNN primitive."""
+    if isinstance(hx, (tuple, list)):
+        for k, state in enumerate(hx):
+            if isinstance(state, Tensor) and state.dtype is not dtype:
+                raise RuntimeError(f"hx[{k}]: expected dtype {dtype}, got {state.dtype}")
+
+
 def _rows(tensor: Tensor) -> tuple[Tensor, int, int]:
     """Return a (T, N, columns) tensor as the kernels read it, with its first two strides."""
     step_t, step_n, step = tensor.stride()
@@ -51,11 +60,18 @@ def _rows(tensor: Tensor) -> tuple[Tensor, int, int]:
     return tensor, step_t, step_n
 
 
-def _addresses(weights: tuple[Tensor, ...], d: int, directions: int) -> list[int | None]:
+_Address = int | None
+
+
+def _addresses(
+    weights: tuple[Tensor, ...], d: int, directions: int
+) -> tuple[_Address, _Address, _Address, _Address]:
     """Return the memory of weight_ih, weight_hh, bias_ih and bias_hh of direction d."""
     count = len(weights) // directions
-    found: list[int | None] = [w.data_ptr() for w in weights[d * count : (d + 1) * count]]
-    return found + [None] * (4 - count)
+    found = [w.data_ptr() for w in weights[d * count : (d + 1) * count]]
+    return (
+        (found[0], found[1], found[2], found[3]) if count == 4 else (found[0], found[1], None, None)
+    )
 
 
 def _run_forward(
@@ -123,9 +139,7 @@ class _Layer(torch.autograd.Function):
     ) -> _Grads:
         y, gates, cells, *inputs = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
-            return _differentiable_backward(
-                inputs, (grad_y, grad_h, grad_c), ctx.needs_input_grad
-            )
+            return _differentiable_backward(inputs, (grad_y, grad_h, grad_c), ctx.needs_input_grad)
         return _run_backward(
             inputs, y, gates, cells, (grad_y, grad_h, grad_c), ctx.needs_input_grad
         )
@@ -158,7 +172,8 @@ def _run_backward(
     dh0 = torch.empty_like(h0) if needs_h0 else None
     dc0 = torch.empty_like(c0)
     dw: list[Tensor | None] = [
-        torch.empty_like(w) if need else None for w, need in zip(weights, needs_weights, strict=True)
+        torch.empty_like(w) if need else None
+        for w, need in zip(weights, needs_weights, strict=True)
     ]
     threads = torch.get_num_threads()
 
@@ -219,14 +234,16 @@ def _differentiable_backward(
     x, h0, c0, *weights = inputs
     bidirectional = h0.shape[0] == 2
     has_biases = len(weights) == 4 * h0.shape[0]
-    outputs = torch._VF.lstm(
-        x, (h0, c0), weights, has_biases, 1, 0.0, False, bidirectional, False
-    )
+    outputs = torch._VF.lstm(x, (h0, c0), weights, has_biases, 1, 0.0, False, bidirectional, False)
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
     wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
     found = iter(
         torch.autograd.grad(
-            [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
+            [o for o, _ in pairs],
+            wanted,
+            [g for _, g in pairs],
+            create_graph=True,
+            allow_unused=True,
         )
     )
     return tuple(next(found) if need else None for need in needed)
@@ -236,7 +253,7 @@ def _layer(
     x: Tensor, h0: Tensor, c0: Tensor, weights: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, h0, c0, *weights)):
-        return _Layer.apply(x, h0, c0, *weights)  # type: ignore[no-any-return]
+        return _Layer.apply(x, h0, c0, *weights)  # type: ignore[no-any-return, no-untyped-call]
     return _run_forward(x, h0, c0, weights, keep=False)[:3]
 
 
@@ -277,7 +294,7 @@ class LSTM(torch.nn.LSTM):
         h_n, c_n = [], []
         for k in range(self.num_layers):
             own = slice(k * directions, (k + 1) * directions)
-            weights = tuple(self._flat_weights[k * per_layer : (k + 1) * per_layer])
+            weights: Any = tuple(self._flat_weights[k * per_layer : (k + 1) * per_layer])
             if count == directions:
                 x, h, c = _layer(x, h0, c0, weights)
             else:
@@ -293,17 +310,27 @@ class LSTM(torch.nn.LSTM):
         return x.transpose(0, 1) if self.batch_first else x, (h, c)
 
     def _served(self, input: Any, hx: Any) -> bool:
-        """Return whether the kernels can run this call. Whatever is not exactly right is not."""
-        weights = self._flat_weights
-        if not weights or self.proj_size:
+        """Return whether the kernels can run this call. Whatever is not exactly right is not.
+
+        nn.LSTM's own path then runs it or raises; what it would read out of bounds or report
+        obscurely is raised here.
+        """
+        weights: Any = self._flat_weights
+        if not weights or any(w is None for w in weights):
             return False
-        dtype = getattr(weights[0], "dtype", None)
-        if dtype is not torch.float32 and dtype is not torch.float64:
+        dtype = weights[0].dtype
+        self._check_weight_shapes()
+        if isinstance(input, PackedSequence):
+            if isinstance(hx, (tuple, list)) and len(hx) == 2:
+                self.check_forward_args(input.data, (hx[0], hx[1]), input.batch_sizes)
+            elif hx is None:
+                self.check_input(input.data, input.batch_sizes)
+            return False
+        _check_state_dtype(hx, dtype)
+        if self.proj_size or (dtype is not torch.float32 and dtype is not torch.float64):
             return False
         if not _plain(input, dtype) or not all(_plain(w, dtype) for w in weights):
             return False
-        H = self.hidden_size
-        directions = 2 if self.bidirectional else 1
         batched = input.dim() == 3
         if not batched and input.dim() != 2:
             return False
@@ -313,22 +340,30 @@ class LSTM(torch.nn.LSTM):
         T, N = (shape[0], 1) if not batched else shape[1::-1] if self.batch_first else shape[:2]
         if T == 0 or N == 0:
             return False
-        per_direction = 4 if self.bias else 2
-        if len(weights) != self.num_layers * directions * per_direction:
-            return False
-        for k in range(0, len(weights), per_direction):
-            inputs = self.input_size if k < directions * per_direction else directions * H
-            if weights[k].shape != (4 * H, inputs) or weights[k + 1].shape != (4 * H, H):
-                return False
-            if self.bias and not weights[k + 2].shape == weights[k + 3].shape == (4 * H,):
-                return False
         if hx is None:
             return True
         if not isinstance(hx, (tuple, list)) or len(hx) != 2:
             return False
-        count = self.num_layers * directions
-        state = (count, N, H) if batched else (count, H)
+        count = self.num_layers * (2 if self.bidirectional else 1)
+        state = (count, N, self.hidden_size) if batched else (count, self.hidden_size)
         return all(_plain(s, dtype) and s.shape == state for s in hx)
+
+    def _check_weight_shapes(self) -> None:
+        H, P = self.hidden_size, self.proj_size or self.hidden_size
+        directions = 2 if self.bidirectional else 1
+        per_direction = len(self._all_weights[0])
+        gates = 4 * H
+        rest = ([(gates,), (gates,)] if self.bias else []) + ([(P, H)] if self.proj_size else [])
+        weights: Any = self._flat_weights
+        for k, (name, weight) in enumerate(zip(self._flat_weights_names, weights, strict=True)):
+            kind = k % per_direction
+            if kind == 0:
+                inputs = self.input_size if k < directions * per_direction else directions * P
+                expected: tuple[int, ...] = (gates, inputs)
+            else:
+                expected = (gates, P) if kind == 1 else rest[kind - 2]
+            if weight.shape != expected:
+                raise RuntimeError(f"{name}: expected shape {expected}, got {tuple(weight.shape)}")
 
 
 class LSTMCell(torch.nn.LSTMCell):
