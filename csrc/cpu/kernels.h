@@ -92,7 +92,8 @@ struct Kernels {
   // Rows k0 <= k < k0 + count of B from b, columns of panels p0 <= p < p1, to their place in `to`.
   void (*pack_rows)(Rows<const T> b, int64_t k0, int64_t count, int64_t columns, int64_t p0,
                     int64_t p1, Panels<T> to);
-  // out[m - m0][k] = a[k][m] for m0 <= m < m1, k < count; `step` between the rows of out.
+  // out[m - m0][k] = a[k][m] for m0 <= m < m1, k < count; `step` between the rows of out. The rows
+  // of a are evenly spaced, by a.step_n.
   void (*transpose)(Rows<const T> a, int64_t count, int64_t m0, int64_t m1, T* out, int64_t step);
   // out[m] (+)= sum_k a[k][m]
   void (*sum_rows)(Rows<const T> a, int64_t count, int64_t m0, int64_t m1, T* out, bool accumulate);

@@ -64,26 +64,43 @@ FASTLSTM_INLINE void multiply(const T* const (&a)[M], int64_t depth, const T* b,
 
 // ---- pack and transpose -------------------------------------------------------------------------
 
+// to[c * to_step + r] = from[r * from_step + c] for r < rows, c < columns; zeros for rows <= r <
+// VL.
+template <class T>
+FASTLSTM_INLINE void transpose_strip(const T* from, int64_t from_step, int64_t rows,
+                                     int64_t columns, T* to, int64_t to_step, int64_t width) {
+  constexpr int VL = lanes<T>();
+  for (int64_t c = 0; c < columns; c += VL) {
+    const int64_t count = columns - c < VL ? columns - c : VL;
+    Vec<T> block[VL];
+#pragma GCC unroll 16
+    for (int r = 0; r < VL; ++r) {
+      if (r >= rows)
+        block[r] = Vec<T>{};
+      else
+        block[r] =
+            count == VL ? load(from + r * from_step + c) : load(from + r * from_step + c, count);
+    }
+    transpose_block<T>(block);
+#pragma GCC unroll 16
+    for (int l = 0; l < VL; ++l)
+      if (l < count) {
+        if (width == VL)
+          store(to + (c + l) * to_step, block[l]);
+        else
+          store(to + (c + l) * to_step, block[l], width);
+      }
+  }
+}
+
 template <class T>
 void pack_gates(const T* w, int64_t hidden, int64_t depth, int64_t p0, int64_t p1, T* out) {
   constexpr int VL = lanes<T>();
   constexpr int64_t row = kPanelVectors * VL;
-  constexpr int64_t kBlock = 64;  // keeps the written rows of a panel in L1
   for (int64_t p = p0; p < p1; ++p)
-    for (int64_t k0 = 0; k0 < depth; k0 += kBlock) {
-      const int64_t k1 = k0 + kBlock < depth ? k0 + kBlock : depth;
-      for (int64_t gate = 0; gate < kPanelVectors; ++gate)
-        for (int64_t l = 0; l < VL; ++l) {
-          const int64_t unit = p * VL + l;
-          T* to = out + p * depth * row + gate * VL + l;
-          if (unit < hidden) {
-            const T* from = w + (gate * hidden + unit) * depth;
-            for (int64_t k = k0; k < k1; ++k) to[k * row] = from[k];
-          } else {
-            for (int64_t k = k0; k < k1; ++k) to[k * row] = 0;
-          }
-        }
-    }
+    for (int64_t gate = 0; gate < kPanelVectors; ++gate)
+      transpose_strip(w + (gate * hidden + p * VL) * depth, depth, hidden - p * VL, depth,
+                      out + p * depth * row + gate * VL, row, VL);
 }
 
 template <class T>
@@ -106,25 +123,34 @@ void pack_rows(Rows<const T> b, int64_t k0, int64_t count, int64_t columns, int6
 
 template <class T>
 void transpose(Rows<const T> a, int64_t count, int64_t m0, int64_t m1, T* out, int64_t step) {
-  constexpr int64_t kBlock = 16;
-  for (int64_t mb = m0; mb < m1; mb += kBlock) {
-    const int64_t me = mb + kBlock < m1 ? mb + kBlock : m1;
-    for (int64_t k = 0; k < count; ++k) {
-      const T* from = a.row(k);
-      for (int64_t m = mb; m < me; ++m) out[(m - m0) * step + k] = from[m];
+  constexpr int VL = lanes<T>();
+  for (int64_t m = m0; m < m1; m += VL)
+    for (int64_t k = 0; k < count; k += VL) {
+      const int64_t rows = count - k < VL ? count - k : VL;
+      transpose_strip(a.row(k) + m, a.step_n, rows, m1 - m < VL ? m1 - m : VL,
+                      out + (m - m0) * step + k, step, rows);
     }
-  }
 }
 
 template <class T>
 void sum_rows(Rows<const T> a, int64_t count, int64_t m0, int64_t m1, T* out, bool accumulate) {
   constexpr int VL = lanes<T>();
-  for (int64_t m = m0; m < m1; m += VL) {
-    const int64_t width = m1 - m < VL ? m1 - m : VL;
-    Vec<T> total{};
-    for (int64_t k = 0; k < count; ++k) total += load(a.row(k) + m, width);
-    if (accumulate) total += load(out + m, width);
-    store(out + m, total, width);
+  constexpr int kWide = 4;  // vectors at a time, so that additions overlap
+  for (int64_t m = m0; m < m1; m += kWide * VL) {
+    Vec<T> total[kWide] = {};
+    int64_t width[kWide];
+    for (int v = 0; v < kWide; ++v) {
+      const int64_t left = m1 - m - v * VL;
+      width[v] = left < 0 ? 0 : left < VL ? left : VL;
+    }
+    for (int64_t k = 0; k < count; ++k) {
+      const T* from = a.row(k) + m;
+      for (int v = 0; v < kWide; ++v) total[v] += load(from + v * VL, width[v]);
+    }
+    for (int v = 0; v < kWide; ++v) {
+      if (accumulate) total[v] += load(out + m + v * VL, width[v]);
+      store(out + m + v * VL, total[v], width[v]);
+    }
   }
 }
 
@@ -384,11 +410,11 @@ void map(Function function, const T* x, T* y, int64_t count) {
 template <class T>
 double fma_loop(int64_t count) {
   constexpr int kChains = 12;  // two units, latency 4 to 5, and registers to spare on every ISA
+  volatile T half = T(0.5);    // unknown to the compiler, so the loop stays
+  const Vec<T> a = broadcast(T(half)), b = broadcast(T(half));
   Vec<T> acc[kChains];
   for (int c = 0; c < kChains; ++c) acc[c] = broadcast(T(c));
-  Vec<T> a = broadcast(T(0.5)), b = broadcast(T(1));
   for (int64_t k = 0; k < count; ++k) {
-    asm volatile("" : "+m"(a), "+m"(b));  // keeps the loop from being folded
 #pragma GCC unroll 16
     for (int c = 0; c < kChains; ++c) acc[c] = fma(acc[c], a, b);
   }

@@ -61,7 +61,7 @@ FASTLSTM_INLINE Vec<T> broadcast(T s) {
 
 // a * b + c, rounded once where the ISA can.
 // load(p, n): the first n lanes from memory, zeros above. store(p, v, n): the first n lanes only.
-// exp2_integral(n): 2^n for an integral n within the exponent range.
+// at_most(x, bound), at_least(x, bound): the smaller or larger; a NaN in x stays.
 // ldexp(v, n): v * 2^n for an integral n, right for denormal results and beyond the exponent range.
 #if defined(__AVX512F__)
 FASTLSTM_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
@@ -88,9 +88,17 @@ FASTLSTM_INLINE Vec<float> ldexp(Vec<float> v, Vec<float> n) {
 FASTLSTM_INLINE Vec<double> ldexp(Vec<double> v, Vec<double> n) {
   return _mm512_maskz_scalef_pd(__mmask8(-1), v, n);
 }
-template <class V>
-FASTLSTM_INLINE V exp2_integral(V n) {
-  return ldexp(V{} + decltype(n[0] + 0)(1), n);
+FASTLSTM_INLINE Vec<float> at_most(Vec<float> x, Vec<float> bound) {
+  return _mm512_maskz_min_ps(__mmask16(-1), bound, x);
+}
+FASTLSTM_INLINE Vec<double> at_most(Vec<double> x, Vec<double> bound) {
+  return _mm512_maskz_min_pd(__mmask8(-1), bound, x);
+}
+FASTLSTM_INLINE Vec<float> at_least(Vec<float> x, Vec<float> bound) {
+  return _mm512_maskz_max_ps(__mmask16(-1), bound, x);
+}
+FASTLSTM_INLINE Vec<double> at_least(Vec<double> x, Vec<double> bound) {
+  return _mm512_maskz_max_pd(__mmask8(-1), bound, x);
 }
 #else
 #if defined(__AVX2__) && defined(__FMA__)
@@ -99,6 +107,18 @@ FASTLSTM_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
 }
 FASTLSTM_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
   return _mm256_fmadd_pd(a, b, c);
+}
+FASTLSTM_INLINE Vec<float> at_most(Vec<float> x, Vec<float> bound) {
+  return _mm256_min_ps(bound, x);
+}
+FASTLSTM_INLINE Vec<double> at_most(Vec<double> x, Vec<double> bound) {
+  return _mm256_min_pd(bound, x);
+}
+FASTLSTM_INLINE Vec<float> at_least(Vec<float> x, Vec<float> bound) {
+  return _mm256_max_ps(bound, x);
+}
+FASTLSTM_INLINE Vec<double> at_least(Vec<double> x, Vec<double> bound) {
+  return _mm256_max_pd(bound, x);
 }
 template <class T>
 FASTLSTM_INLINE __m256i first_lanes(int64_t n) {
@@ -130,6 +150,14 @@ FASTLSTM_INLINE V fma(V a, V b, V c) {
   return a * b + c;
 #endif
 }
+template <class V>
+FASTLSTM_INLINE V at_most(V x, V bound) {
+  return bound < x ? bound : x;
+}
+template <class V>
+FASTLSTM_INLINE V at_least(V x, V bound) {
+  return x < bound ? bound : x;
+}
 template <class T>
 FASTLSTM_INLINE Vec<T> load(const T* p, int64_t n) {
   Vec<T> v{};
@@ -144,24 +172,18 @@ FASTLSTM_INLINE void store(T* p, Vec<T> v, int64_t n) {
 }
 #endif
 
-FASTLSTM_INLINE Vec<float> exp2_integral(Vec<float> n) {
-  return (Vec<float>)((__builtin_convertvector(n, Bits<float>) + 127) << 23);
-}
-FASTLSTM_INLINE Vec<double> exp2_integral(Vec<double> n) {
-  // Adding 1.5 * 2^52 leaves n in the low bits; AVX2 has no conversion to 64-bit integers.
-  return (Vec<double>)(((Bits<double>)(n + 0x1.8p52) + 1023) << 52);
-}
 // In two factors, neither of which leaves the exponent range.
-template <class V>
-FASTLSTM_INLINE V scale_twice(V v, V n, V magic) {
-  V half = (n * decltype(n[0] + 0)(0.5) + magic) - magic;
-  return v * exp2_integral(half) * exp2_integral(n - half);
-}
 FASTLSTM_INLINE Vec<float> ldexp(Vec<float> v, Vec<float> n) {
-  return scale_twice(v, n, broadcast(0x1.8p23f));
+  const Vec<float> round = broadcast(0x1.8p23f), biased = broadcast(0x1.8p23f + 127);
+  const Vec<float> half = (n * 0.5f + round) - round;
+  return v * (Vec<float>)((Bits<float>)(half + biased) << 23) *
+         (Vec<float>)((Bits<float>)(n - half + biased) << 23);
 }
 FASTLSTM_INLINE Vec<double> ldexp(Vec<double> v, Vec<double> n) {
-  return scale_twice(v, n, broadcast(0x1.8p52));
+  const Vec<double> round = broadcast(0x1.8p52), biased = broadcast(0x1.8p52 + 1023);
+  const Vec<double> half = (n * 0.5 + round) - round;
+  return v * (Vec<double>)((Bits<double>)(half + biased) << 52) *
+         (Vec<double>)((Bits<double>)(n - half + biased) << 52);
 }
 #endif
 
@@ -171,4 +193,36 @@ FASTLSTM_INLINE T sum(Vec<T> v) {
   for (int width = lanes<T>() / 2; width > 0; width /= 2)
     for (int l = 0; l < width; ++l) v[l] += v[l + width];
   return v[0];
+}
+
+// Lanes<0, 1, ..., VL - 1>, to write shuffles of any width once.
+template <int... L>
+struct Lanes {};
+template <int N, int... L>
+struct CountLanes : CountLanes<N - 1, N - 1, L...> {};
+template <int... L>
+struct CountLanes<0, L...> {
+  typedef Lanes<L...> type;
+};
+
+// Exchanges the lanes l of a that have bit S set with the lanes l - S of b.
+template <int S, class T, int... L>
+FASTLSTM_INLINE void exchange(Vec<T>& a, Vec<T>& b, Lanes<L...>) {
+  constexpr int VL = sizeof...(L);
+#if defined(__clang__)
+  const Vec<T> low = __builtin_shufflevector(a, b, ((L & S) ? VL + L - S : L)...);
+  b = __builtin_shufflevector(a, b, ((L & S) ? VL + L : L + S)...);
+#else
+  const Vec<T> low = __builtin_shuffle(a, b, Bits<T>{((L & S) ? VL + L - S : L)...});
+  b = __builtin_shuffle(a, b, Bits<T>{((L & S) ? VL + L : L + S)...});
+#endif
+  a = low;
+}
+
+// Transposes a VL x VL block in registers: halves, then quarters, ... change places.
+template <class T, int S = lanes<T>() / 2>
+FASTLSTM_INLINE void transpose_block(Vec<T> (&row)[lanes<T>()]) {
+  for (int i = 0; i < lanes<T>(); ++i)
+    if (!(i & S)) exchange<S, T>(row[i], row[i + S], typename CountLanes<lanes<T>()>::type());
+  if constexpr (S > 1) transpose_block<T, S / 2>(row);
 }

@@ -10,7 +10,8 @@ template <class T>
 struct Exp;
 template <>
 struct Exp<float> {
-  static constexpr float kRound = 0x1.8p23f;  // x + kRound - kRound rounds x to an integer
+  static constexpr float kBiased = 0x1.8p23f + 127;  // see Reduced
+  static constexpr int kMantissa = 23;
   static constexpr float kLog2e = 0x1.715476p0f;
   static constexpr float kLn2Hi = 0x1.63p-1f;  // few bits, so that n * kLn2Hi is exact
   static constexpr float kLn2Lo = -0x1.bd0106p-13f;
@@ -25,7 +26,8 @@ struct Exp<float> {
 };
 template <>
 struct Exp<double> {
-  static constexpr double kRound = 0x1.8p52;
+  static constexpr double kBiased = 0x1.8p52 + 1023;
+  static constexpr int kMantissa = 52;
   static constexpr double kLog2e = 0x1.71547652b82fep0;
   static constexpr double kLn2Hi = 0x1.62e4p-1;
   static constexpr double kLn2Lo = 0x1.7f7d1cf79abcap-20;
@@ -50,11 +52,17 @@ struct Exp<double> {
       -0x1.f41bde30ad0c5p-13, 0x1.8c8d808d1d698p-14, -0x1.1accbc7e7ff2p-15,  0x1.0809ea9dc2203p-17};
 };
 
+// exp(x) = 2^n (1 + expm1). n comes as biased = kBiased + n, a sum so large that it rounds n to an
+// integer and leaves n + the exponent bias in its lowest bits: one shift from there to 2^n.
 template <class T>
 struct Reduced {
-  Vec<T> n;      // integral
-  Vec<T> expm1;  // exp(r) - 1
+  Vec<T> biased;
+  Vec<T> expm1;
 };
+template <class T>
+FASTLSTM_INLINE Vec<T> exp2_biased(Vec<T> biased) {
+  return (Vec<T>)((Bits<T>)biased << Exp<T>::kMantissa);
+}
 
 // c[0] + c[1] x + c[2] x^2 + ...
 template <class T, int N>
@@ -68,21 +76,11 @@ FASTLSTM_INLINE Vec<T> polynomial(Vec<T> x, const T (&c)[N]) {
 template <class T>
 FASTLSTM_INLINE Reduced<T> reduce(Vec<T> x) {
   using E = Exp<T>;
-  const Vec<T> magic = broadcast(E::kRound);
-  const Vec<T> n = fma(x, broadcast(E::kLog2e), magic) - magic;
+  const Vec<T> biased = fma(x, broadcast(E::kLog2e), broadcast(E::kBiased));
+  const Vec<T> n = biased - broadcast(E::kBiased);
   Vec<T> r = fma(n, broadcast(-E::kLn2Hi), x);
   r = fma(n, broadcast(-E::kLn2Lo), r);
-  return {n, fma(r * r, polynomial<T>(r, E::q), r)};
-}
-
-// A NaN passes both: the comparison fails and x stays.
-template <class V>
-FASTLSTM_INLINE V at_most(V x, V bound) {
-  return bound < x ? bound : x;
-}
-template <class V>
-FASTLSTM_INLINE V at_least(V x, V bound) {
-  return x < bound ? bound : x;
+  return {biased, fma(r * r, polynomial<T>(r, E::q), r)};
 }
 
 // max error 2 ULP
@@ -90,15 +88,7 @@ template <class T>
 FASTLSTM_INLINE Vec<T> exp(Vec<T> x) {
   x = at_least(at_most(x, broadcast(Exp<T>::kHighest)), broadcast(Exp<T>::kLowest));
   const Reduced<T> e = reduce<T>(x);
-  return ldexp(e.expm1 + T(1), e.n);
-}
-
-// 1 + 2^n (1 + expm1), rounded once where 1 + 2^n is exact, and as good as once elsewhere.
-template <class T>
-FASTLSTM_INLINE Vec<T> one_plus_exp(Vec<T> n, Vec<T> expm1) {
-  const Vec<T> scale = exp2_integral(n);
-  const Vec<T> high = scale + T(1), low = (scale - high) + T(1);
-  return high + fma(scale, expm1, low);
+  return ldexp(e.expm1 + T(1), e.biased - broadcast(Exp<T>::kBiased));
 }
 
 // 1 / (1 + exp(-x)), max error 2 ULP. Where exp(-x) would overflow, a power of two moves into the
@@ -107,20 +97,25 @@ template <class T>
 FASTLSTM_INLINE Vec<T> sigmoid(Vec<T> x) {
   x = at_least(at_most(x, broadcast(Exp<T>::kSigmoidOne)), broadcast(Exp<T>::kLowest));
   const Reduced<T> e = reduce<T>(-x);
-  const Vec<T> n = at_most(e.n, broadcast(T(100)));
-  return exp2_integral(n - e.n) / one_plus_exp<T>(n, e.expm1);
+  const Vec<T> kept = at_most(e.biased, broadcast(Exp<T>::kBiased + 100));
+  const Vec<T> scale = exp2_biased<T>(kept);
+  // 1 + scale (1 + expm1), rounded once where 1 + scale is exact and as good as once elsewhere.
+  const Vec<T> high = scale + T(1), low = (scale - high) + T(1);
+  const Vec<T> denominator = high + fma(scale, e.expm1, low);
+  return exp2_biased<T>(kept - e.biased + Exp<T>::kBiased) / denominator;
 }
 
 // max error 2 ULP. |x| < 0.55: x + x^3 t(x^2), t the Chebyshev fit; beyond: 1 - 2 / (1 +
 // exp(2|x|)).
 template <class T>
 FASTLSTM_INLINE Vec<T> tanh(Vec<T> x) {
-  const Vec<T> square = x * x;
-  const Vec<T> small = fma(x * square, polynomial<T>(square, Exp<T>::tanh), x);
   const Bits<T> sign = (Bits<T>)x & (Bits<T>)broadcast(T(-0.0));
   const Vec<T> abs = (Vec<T>)((Bits<T>)x ^ sign);
+  const Vec<T> square = abs * abs;
+  const Vec<T> small = fma(abs * square, polynomial<T>(square, Exp<T>::tanh), abs);
   const Vec<T> bounded = at_most(abs, broadcast(Exp<T>::kTanhOne));
   const Reduced<T> e = reduce<T>(bounded + bounded);
-  const Vec<T> large = T(1) - T(2) / one_plus_exp<T>(e.n, e.expm1);
-  return abs < T(0.55) ? small : (Vec<T>)((Bits<T>)large | sign);
+  const Vec<T> scale = exp2_biased<T>(e.biased);
+  const Vec<T> large = T(1) - T(2) / fma(scale, e.expm1, scale + T(1));
+  return (Vec<T>)((Bits<T>)(abs < T(0.55) ? small : large) | sign);
 }

@@ -265,8 +265,8 @@ def lstm_forward(
     H = weight_hh.shape[1]
     if T == 0 or D == 0:
         raise ValueError(f"x: expected at least one time step and one feature, got {x.shape}")
+    _check.sizes("x, weight_hh", T, batch[0] if batched else 1, D, H, dtype.itemsize)
     weights = check_weights([weight_ih, weight_hh, bias_ih, bias_hh], "", D, H, dtype)
-    _check.sizes("x", T, batch[0] if batched else 1, D, H, dtype.itemsize)
     h0, c0 = check_state("state", state, (*batch, H), dtype)
     shapes = (T, *batch, H), (*batch, H), (*batch, H)
     targets = _check_out(out, shapes, dtype)

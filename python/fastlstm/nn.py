@@ -28,6 +28,7 @@ def _plain(tensor: Any, dtype: torch.dtype) -> bool:
         and tensor.dtype is dtype
         and tensor.is_cpu
         and tensor.layout is torch.strided
+        and not tensor.is_neg()  # a view whose memory holds the numbers negated
     )
 
 
@@ -164,9 +165,9 @@ def _run_backward(
     grad_y, grad_h, grad_c = grads
     grad_t = grad_n = 0
     if grad_y is not None:
-        grad_y, grad_t, grad_n = _rows(grad_y)
-    grad_h = None if grad_h is None else grad_h.contiguous()
-    grad_c = None if grad_c is None else grad_c.contiguous()
+        grad_y, grad_t, grad_n = _rows(grad_y.resolve_neg())
+    grad_h = None if grad_h is None else grad_h.resolve_neg().contiguous()
+    grad_c = None if grad_c is None else grad_c.resolve_neg().contiguous()
     needs_x, needs_h0, _, *needs_weights = needed
     dx = x.new_empty((directions, T, N, D)) if needs_x else None
     dh0 = torch.empty_like(h0) if needs_h0 else None

@@ -28,7 +28,7 @@ Array = NDArray[np.float64]
 
 
 class Gradients(NamedTuple):
-    """What `lstm_backward` returns; each has the shape of the argument it belongs to."""
+    """Gradients, each of the shape of the argument it belongs to."""
 
     x: Array
     h0: Array
@@ -40,7 +40,7 @@ class Gradients(NamedTuple):
 
 
 def sigmoid(z: ArrayLike) -> Array:
-    """Logistic function 1 / (1 + exp(-z)), without overflow for any z: exp sees only z <= 0."""
+    """Return 1 / (1 + exp(-z)), without overflow for any z: exp sees only negative numbers."""
     z = np.asarray(z, np.float64)
     e = np.exp(-np.abs(z))
     sigma: Array = np.where(z < 0, e, 1.0) / (1.0 + e)
@@ -58,21 +58,30 @@ def lstm_forward(
     *,
     reverse: bool = False,
 ) -> tuple[Array, Array, Array, Array, Array]:
-    """One layer, one direction.
+    """Run one layer in one direction.
 
-    Args:
-        x: (T, N, D), the input.
-        weight_ih: (4H, D), gates i f g o.
-        weight_hh: (4H, H), gates i f g o.
-        bias_ih, bias_hh: (4H,), or None for zeros.
-        h0, c0: (N, H), the state before the first step, or None for zeros.
-        reverse: walk from x[T-1] down to x[0]; y[t] still belongs to x[t].
+    Parameters
+    ----------
+    x : (T, N, D)
+    weight_ih : (4H, D)
+    weight_hh : (4H, H)
+    bias_ih, bias_hh : (4H,), optional
+        Zeros if None.
+    h0, c0 : (N, H), optional
+        The state before the first step; zeros if None.
+    reverse : bool
+        Walk from ``x[T-1]`` down to ``x[0]``; ``y[t]`` still belongs to ``x[t]``.
 
-    Returns:
-        y: (T, N, H), the hidden state of every step.
-        h_n, c_n: (N, H), the state after the last step taken.
-        gates: (T, N, 4, H), i f g o after their activations.
-        c: (T, N, H), the cell state of every step.
+    Returns
+    -------
+    y : (T, N, H)
+        The hidden state of every step.
+    h_n, c_n : (N, H)
+        The state after the last step taken.
+    gates : (T, N, 4, H)
+        i f g o after their activations.
+    c : (T, N, H)
+        The cell state of every step.
     """
     x, weight_ih, weight_hh = (np.asarray(a, np.float64) for a in (x, weight_ih, weight_hh))
     T, N, _ = x.shape
@@ -109,13 +118,7 @@ def lstm_backward(
     *,
     reverse: bool = False,
 ) -> Gradients:
-    """Gradients of L through `lstm_forward`, by backpropagation through time.
-
-    The first seven arguments and ``reverse`` are those of `lstm_forward`, which is run again here.
-
-    Args:
-        grad_y: (T, N, H), dL/dy, or None for zeros.
-        grad_h, grad_c: (N, H), dL/dh_n and dL/dc_n, or None for zeros.
+    """Compute the gradients of a scalar L through `lstm_forward`, backwards through time.
 
     With dh_t, dc_t all that reaches h_t, c_t from y_t and from the step after::
 
@@ -124,6 +127,20 @@ def lstm_backward(
         dz_g = dc_t * i_t     * (1 - g_t^2)      dz_o = dh_t * tanh(c_t) * o_t (1 - o_t)
         dx_t = dz_t W_ih      dh_{t-1} = dz_t W_hh      dc_{t-1} = dc_t * f_t
         dW_ih = sum dz_t^T x_t      dW_hh = sum dz_t^T h_{t-1}      db_ih = db_hh = sum dz_t
+
+    Parameters
+    ----------
+    x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, reverse
+        As in `lstm_forward`, which is run again here.
+    grad_y : (T, N, H), optional
+        dL/dy; zeros if None.
+    grad_h, grad_c : (N, H), optional
+        dL/dh_n and dL/dc_n; zeros if None.
+
+    Returns
+    -------
+    Gradients
+        Each of the shape of its argument.
     """
     x, weight_ih, weight_hh = (np.asarray(a, np.float64) for a in (x, weight_ih, weight_hh))
     y, _, _, gates, c = lstm_forward(
@@ -174,10 +191,10 @@ def lstm_backward(
 
 
 def _steps(T: int, reverse: bool) -> Iterator[int]:
-    """The time indices in the order in which they are walked."""
+    """Return the time indices in the order in which they are walked."""
     return reversed(range(T)) if reverse else iter(range(T))
 
 
 def _state(value: ArrayLike | None, N: int, H: int) -> Array:
-    """A state or its gradient as an (N, H) array of its own; None means zeros."""
+    """Return a state or its gradient as an (N, H) array of its own; None means zeros."""
     return np.zeros((N, H)) if value is None else np.array(value, np.float64).reshape(N, H)
