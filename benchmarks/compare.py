@@ -1,0 +1,165 @@
+"""Compare fastlstm with torch.nn.LSTM and whichever of onnxruntime, openvino and jax is installed.
+
+python benchmarks/compare.py                     everything: about a quarter of an hour
+python benchmarks/compare.py --quick             one case of each group, few rounds
+python benchmarks/compare.py --cases step 100x32x64x64 --modes inference --threads 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from datetime import datetime, timezone
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import machine
+import report
+from cases import CASES, GROUPS, Case
+from measure import Settings, active_isa, measure_case, start_worker, summarise
+from peers import OURS, PEERS
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+MODES = ["inference", "training"]
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = made.add_argument
+    add("--cases", nargs="+", metavar="CASE", help="groups, or T×N×D×H (default: all)")
+    add("--modes", nargs="+", choices=MODES, default=MODES)
+    add("--threads", nargs="+", type=int, default=[1, 2], metavar="N", help="default: 1 2")
+    add("--dtype", choices=["float32", "float64"], default="float32")
+    add(
+        "--peers",
+        nargs="+",
+        choices=[name for name in PEERS if name != OURS],
+        help="what fastlstm is compared with (default: all that are installed); torch always is",
+    )
+    add("--seconds", type=float, default=4.0, help="for each case, mode and thread count")
+    add("--rounds", type=int, default=5, help="at least so many, even past --seconds (default: 5)")
+    add("--quick", action="store_true", help="one case of each group, --seconds 0.5 --rounds 3")
+    add("--json", type=Path, metavar="PATH", help="write everything, raw samples too")
+    add("--plot", type=Path, metavar="PATH", help="write a picture (.png, .svg, .pdf)")
+    add("--results", type=Path, metavar="PATH", help="write the tables as markdown")
+    return made
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    made = parser()
+    args = made.parse_args(arguments)
+    args.command = command(made, args)
+    cpus = len(machine.available_cpus())
+    for threads in args.threads:
+        if not 1 <= threads <= cpus:
+            made.error(f"--threads {threads}: this process may use {cpus} CPUs")
+    if args.rounds < 1 or args.seconds < 0:
+        made.error("--rounds must be at least 1, --seconds at least 0")
+    try:
+        args.cases = select(args.cases, args.quick)
+    except ValueError as error:
+        made.error(f"--cases: {error}")
+    if args.quick:
+        args.seconds, args.rounds = 0.5, 3
+    chosen = [name for name in PEERS if name in {OURS, "torch", *(args.peers or PEERS)}]
+    for name in chosen:
+        if not PEERS[name].installed() and name in {OURS, "torch", *(args.peers or [])}:
+            made.error(f"{name} needs to be installed: {', '.join(PEERS[name].packages)}")
+    args.peers = [name for name in chosen if PEERS[name].installed()]
+    return args
+
+
+def command(made: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """What to type for the same numbers: the options that were given, without those for output."""
+    words = ["python", "benchmarks/compare.py"]
+    for action in made._actions:
+        value = getattr(args, action.dest, None)
+        if action.dest in ("json", "plot", "results") or value in (None, action.default):
+            continue
+        words.append(action.option_strings[-1])
+        if value is not True:
+            words += map(str, value if isinstance(value, list) else [value])
+    return shlex.join(words)
+
+
+def select(names: list[str] | None, quick: bool) -> list[Case]:
+    if names is None:
+        if not quick:
+            return CASES
+        return [next(case for case in CASES if case.group == group) for group in GROUPS]
+    found = []
+    for name in (name.replace("x", "×") for name in names):
+        matches = [case for case in CASES if name in (case.group, case.name)]
+        if not matches:
+            raise ValueError(f"{name!r} is neither a group ({', '.join(GROUPS)}) nor T×N×D×H")
+        found += matches
+    return [case for case in CASES if case in found]
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure everything, each thread count in a process of its own."""
+    data: dict[str, Any] = {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": args.command,
+        "machine": machine.describe(),
+        "versions": machine.versions(),
+        "settings": {
+            key: getattr(args, key)
+            for key in ("modes", "threads", "dtype", "peers", "seconds", "rounds")
+        },
+        "rows": [],
+    }
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    ]
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=len(args.threads) * len(args.cases))
+        for threads in args.threads:
+            settings = Settings(
+                tuple(args.peers),
+                tuple(args.modes),
+                args.dtype,
+                threads,
+                args.seconds,
+                args.rounds,
+            )
+            with ProcessPoolExecutor(1, get_context("spawn"), start_worker, (threads,)) as worker:
+                with machine.bound_to(machine.available_cpus()[:threads]):
+                    first = worker.submit(active_isa)  # starts the process, which is bound with us
+                data["isa"] = first.result()
+                for case in args.cases:
+                    progress.update(task, description=f"{threads} thread(s), {case.name}")
+                    data["rows"] += worker.submit(measure_case, case, settings).result()
+                    progress.advance(task)
+    data["geometric_means"] = summarise(data["rows"])
+    return data
+
+
+def main() -> None:
+    args = parse()
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    data = run(args)
+    report.print_report(data, console)
+    if args.json:
+        args.json.write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
+    if args.plot:
+        report.draw(data, args.plot)
+    if args.results:
+        report.write_markdown(data, args.results, args.plot)
+    for path in (args.json, args.plot, args.results):
+        if path:
+            print(f"wrote {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
