@@ -79,8 +79,6 @@ bool run(const Backward<T>& in, const Plan& plan, const Kernels<T>& kernel) {
   const Rows<const T> kept_cells = in_order(Rows<const T>{in.cells, batch * hidden, hidden, batch});
   const Rows<const T> grad_y = in_order(in.grad_y);
   const Rows<T> dx = in_order(in.dx);
-  const Rows<const T> h0{in.h0, 0, hidden, batch};
-  const Rows<const T> c0{in.c0, 0, hidden, batch};
   const Rows<const T> grad_h{in.grad_h, 0, hidden, batch};
   const Rows<T> dc{in.dc0, 0, hidden, batch};
 
@@ -95,7 +93,15 @@ bool run(const Backward<T>& in, const Plan& plan, const Kernels<T>& kernel) {
       workspace.reserve<T>((plan.block + (plan.block < steps)) * batch * gates);
   const bool weights = in.dw_ih || in.dw_hh;
   const int64_t dz_t_place = workspace.reserve<T>(weights ? gates * block_rows : 0);
+  const int64_t zeros_place = workspace.reserve<T>(in.h0 && in.c0 ? 0 : hidden);
   workspace.allocate();
+  // A missing state is one row of zeros, for every row of the batch.
+  T* const zeros = workspace.at<T>(zeros_place);
+  if (!in.h0 || !in.c0) std::fill_n(zeros, hidden, T(0));
+  const auto state = [&, rows = batch, width = hidden](const T* given) {
+    return given ? Rows<const T>{given, 0, width, rows} : Rows<const T>{zeros, 0, 0, rows};
+  };
+  const Rows<const T> h0 = state(in.h0), c0 = state(in.c0);
   w_hh.bind(workspace, gates, plan.direct);
   w_ih.bind(workspace, gates, plan.direct);
   const Panels<T> x_panels = x_shape.packed(workspace.at<T>(x_place), block_rows);

@@ -26,8 +26,6 @@ bool run(const Forward<T>& in, const Plan& plan, const Kernels<T>& kernel) {
   const Rows<T> y = in_order(in.y);
   const Rows<T> kept_gates = in_order(Rows<T>{in.gates, batch * gates, gates, batch});
   const Rows<T> kept_cells = in_order(Rows<T>{in.cells, batch * hidden, hidden, batch});
-  const Rows<const T> h0{in.h0, 0, hidden, batch};
-  const Rows<const T> c0{in.c0, 0, hidden, batch};
   const Rows<T> c_n{in.c_n, 0, hidden, batch};
 
   Workspace workspace;
@@ -37,7 +35,15 @@ bool run(const Forward<T>& in, const Plan& plan, const Kernels<T>& kernel) {
   // Training writes the input product where the gates will be kept.
   const bool own_z = !in.gates && !plan.input_in_step;
   const int64_t z_place = workspace.reserve<T>(own_z ? plan.block * batch * gates : 0);
+  const int64_t zeros_place = workspace.reserve<T>(in.h0 && in.c0 ? 0 : hidden);
   workspace.allocate();
+  // A missing state is one row of zeros, for every row of the batch.
+  T* const zeros = workspace.at<T>(zeros_place);
+  if (!in.h0 || !in.c0) std::fill_n(zeros, hidden, T(0));
+  const auto state = [&, rows = batch, width = hidden](const T* given) {
+    return given ? Rows<const T>{given, 0, width, rows} : Rows<const T>{zeros, 0, 0, rows};
+  };
+  const Rows<const T> h0 = state(in.h0), c0 = state(in.c0);
   T* const bias = workspace.at<T>(bias_place);
   T* const w_ih = workspace.at<T>(ih_place);
   T* const w_hh = workspace.at<T>(hh_place);

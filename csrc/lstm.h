@@ -63,8 +63,8 @@ struct Forward {
   Sizes sizes;
   Layer<T> layer;
   Rows<const T> x;  // (T, N, D)
-  const T* h0;      // (N, H)
-  const T* c0;      // (N, H)
+  const T* h0;      // (N, H) or null: zeros
+  const T* c0;      // (N, H) or null: zeros
   Rows<T> y;        // (T, N, H)  h_t, at the time of x_t
   T* h_n;           // (N, H)
   T* c_n;           // (N, H)
@@ -78,8 +78,8 @@ struct Backward {
   Sizes sizes;
   Layer<T> layer;
   Rows<const T> x;       // (T, N, D)
-  const T* h0;           // (N, H)
-  const T* c0;           // (N, H)
+  const T* h0;           // (N, H) or null: zeros
+  const T* c0;           // (N, H) or null: zeros
   Rows<const T> y;       // (T, N, H)      as the forward pass left it
   const T* gates;        // (T, N, 4, H)   likewise
   const T* cells;        // (T, N, H)      likewise

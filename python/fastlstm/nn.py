@@ -64,6 +64,10 @@ def _rows(tensor: Tensor) -> tuple[Tensor, int, int]:
 _Address = int | None
 
 
+def _at(tensor: Tensor | None, offset: int) -> _Address:
+    return None if tensor is None else tensor.data_ptr() + offset
+
+
 def _addresses(
     weights: tuple[Tensor, ...], d: int, directions: int
 ) -> tuple[_Address, _Address, _Address, _Address]:
@@ -76,21 +80,27 @@ def _addresses(
 
 
 def _run_forward(
-    x: Tensor, h0: Tensor, c0: Tensor, weights: tuple[Tensor, ...], keep: bool
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: tuple[Tensor, ...],
+    directions: int,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Run one layer: x (T, N, D), h0 and c0 (directions, N, H), weights of each direction in turn.
 
-    Returns y (T, N, directions*H), h_n, c_n, and with `keep` gates (directions, T, N, 4H) and cells
-    (directions, T, N, H).
+    A state of None is zeros. Returns y (T, N, directions*H), h_n, c_n, and with `keep` gates
+    (directions, T, N, 4H) and cells (directions, T, N, H).
     """
     T, N, D = x.shape
-    directions, _, H = h0.shape
+    H = weights[1].shape[1]
     x, x_t, x_n = _rows(x)
-    h0, c0 = h0.contiguous(), c0.contiguous()
+    h0 = None if h0 is None else h0.contiguous()
+    c0 = None if c0 is None else c0.contiguous()
     weights = tuple(w.contiguous() for w in weights)
     itemsize = x.element_size()
     y = x.new_empty((T, N, directions * H))
-    h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
+    h_n, c_n = x.new_empty((directions, N, H)), x.new_empty((directions, N, H))
     gates = x.new_empty((directions, T, N, 4 * H)) if keep else None
     cells = x.new_empty((directions, T, N, H)) if keep else None
     threads = torch.get_num_threads()
@@ -109,15 +119,15 @@ def _run_forward(
             x.data_ptr(),
             x_t,
             x_n,
-            h0.data_ptr() + state,
-            c0.data_ptr() + state,
-            y.data_ptr() + d * H * itemsize,
+            _at(h0, state),
+            _at(c0, state),
+            _at(y, d * H * itemsize),
             N * directions * H,
             directions * H,
-            h_n.data_ptr() + state,
-            c_n.data_ptr() + state,
-            None if gates is None else gates.data_ptr() + 4 * steps,
-            None if cells is None else cells.data_ptr() + steps,
+            _at(h_n, state),
+            _at(c_n, state),
+            _at(gates, 4 * steps),
+            _at(cells, steps),
         )
     return y, h_n, c_n, gates, cells
 
@@ -127,39 +137,44 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, h0: Tensor, c0: Tensor, *weights: Tensor
+        ctx: Any,
+        directions: int,
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, h_n, c_n, gates, cells = _run_forward(x, h0, c0, weights, keep=True)
+        y, h_n, c_n, gates, cells = _run_forward(x, h0, c0, weights, directions, keep=True)
+        ctx.directions = directions
         ctx.save_for_backward(y, gates, cells, x, h0, c0, *weights)
         ctx.set_materialize_grads(False)
         return y, h_n, c_n
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_y: Tensor | None, grad_h: Tensor | None, grad_c: Tensor | None
-    ) -> _Grads:
+    def backward(ctx: Any, *grads: Tensor | None) -> _Grads:
         y, gates, cells, *inputs = ctx.saved_tensors
+        needed = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # create_graph=True
-            return _differentiable_backward(inputs, (grad_y, grad_h, grad_c), ctx.needs_input_grad)
-        return _run_backward(
-            inputs, y, gates, cells, (grad_y, grad_h, grad_c), ctx.needs_input_grad
-        )
+            return None, *_differentiable_backward(ctx.directions, inputs, grads, needed)
+        return None, *_run_backward(ctx.directions, inputs, y, gates, cells, grads, needed)
 
 
 def _run_backward(
-    inputs: list[Tensor],
+    directions: int,
+    inputs: list[Any],
     y: Tensor,
     gates: Tensor,
     cells: Tensor,
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    grads: tuple[Tensor | None, ...],
     needed: tuple[bool, ...],
 ) -> _Grads:
     x, h0, c0, *weights = inputs
     T, N, D = x.shape
-    directions, _, H = h0.shape
+    H = weights[1].shape[1]
     per_direction = len(weights) // directions
     x, x_t, x_n = _rows(x)
-    h0, c0 = h0.contiguous(), c0.contiguous()
+    h0 = None if h0 is None else h0.contiguous()
+    c0 = None if c0 is None else c0.contiguous()
     weights = [w.contiguous() for w in weights]
     itemsize = x.element_size()
     grad_y, grad_h, grad_c = grads
@@ -168,22 +183,19 @@ def _run_backward(
         grad_y, grad_t, grad_n = _rows(grad_y.resolve_neg())
     grad_h = None if grad_h is None else grad_h.resolve_neg().contiguous()
     grad_c = None if grad_c is None else grad_c.resolve_neg().contiguous()
-    needs_x, needs_h0, _, *needs_weights = needed
+    needs_x, needs_h0, needs_c0, *needs_weights = needed
     dx = x.new_empty((directions, T, N, D)) if needs_x else None
-    dh0 = torch.empty_like(h0) if needs_h0 else None
-    dc0 = torch.empty_like(c0)
+    dh0 = x.new_empty((directions, N, H)) if needs_h0 else None
+    dc0 = x.new_empty((directions, N, H))
     dw: list[Tensor | None] = [
         torch.empty_like(w) if need else None
         for w, need in zip(weights, needs_weights, strict=True)
     ]
     threads = torch.get_num_threads()
 
-    def at(tensor: Tensor | None, elements: int) -> int | None:
-        return None if tensor is None else tensor.data_ptr() + elements * itemsize
-
     for d in range(directions):
         first = d * per_direction
-        state, steps = d * N * H, d * T * N * H
+        state, steps = d * N * H * itemsize, d * T * N * H * itemsize
         # Either bias has the same gradient; the kernel writes it once.
         biases = [b for b in dw[first + 2 : first + per_direction] if b is not None]
         _core.backward(
@@ -199,43 +211,45 @@ def _run_backward(
             x.data_ptr(),
             x_t,
             x_n,
-            at(h0, state),
-            at(c0, state),
-            at(y, d * H),
+            _at(h0, state),
+            _at(c0, state),
+            _at(y, d * H * itemsize),
             N * directions * H,
             directions * H,
-            at(gates, 4 * steps),
-            at(cells, steps),
-            at(grad_y, d * H),
+            _at(gates, 4 * steps),
+            _at(cells, steps),
+            _at(grad_y, d * H * itemsize),
             grad_t,
             grad_n,
-            at(grad_h, state),
-            at(grad_c, state),
-            at(dx, d * T * N * D),
+            _at(grad_h, state),
+            _at(grad_c, state),
+            _at(dx, d * T * N * D * itemsize),
             N * D,
             D,
-            at(dw[first], 0),
-            at(dw[first + 1], 0),
-            at(biases[0], 0) if biases else None,
-            at(dh0, state),
-            at(dc0, state),
+            _at(dw[first], 0),
+            _at(dw[first + 1], 0),
+            _at(biases[0], 0) if biases else None,
+            _at(dh0, state),
+            _at(dc0, state),
         )
         for other in biases[1:]:
             other.copy_(biases[0])
     summed = None if dx is None else dx[0] if directions == 1 else dx[0].add_(dx[1])
-    return (summed, dh0, dc0, *dw)
+    return (summed, dh0, dc0 if needs_c0 else None, *dw)
 
 
 def _differentiable_backward(
-    inputs: list[Tensor],
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    directions: int,
+    inputs: list[Any],
+    grads: tuple[Tensor | None, ...],
     needed: tuple[bool, ...],
 ) -> _Grads:
     """Compute the same gradients through torch's own LSTM, whose backward has a backward."""
     x, h0, c0, *weights = inputs
-    bidirectional = h0.shape[0] == 2
-    has_biases = len(weights) == 4 * h0.shape[0]
-    outputs = torch._VF.lstm(x, (h0, c0), weights, has_biases, 1, 0.0, False, bidirectional, False)
+    has_biases = len(weights) == 4 * directions
+    zeros = x.new_zeros((directions, x.shape[1], weights[1].shape[1]))
+    state = (zeros if h0 is None else h0, zeros if c0 is None else c0)
+    outputs = torch._VF.lstm(x, state, weights, has_biases, 1, 0.0, False, directions == 2, False)
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
     wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
     found = iter(
@@ -251,11 +265,18 @@ def _differentiable_backward(
 
 
 def _layer(
-    x: Tensor, h0: Tensor, c0: Tensor, weights: tuple[Tensor, ...]
+    directions: int,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, h0, c0, *weights)):
-        return _Layer.apply(x, h0, c0, *weights)  # type: ignore[no-any-return, no-untyped-call]
-    return _run_forward(x, h0, c0, weights, keep=False)[:3]
+    if torch.is_grad_enabled():
+        for tensor in (x, h0, c0, *weights):
+            if tensor is not None and tensor.requires_grad:
+                result: Any = _Layer.apply(directions, x, h0, c0, *weights)  # type: ignore[no-untyped-call]
+                return result  # type: ignore[no-any-return]
+    return _run_forward(x, h0, c0, weights, directions, keep=False)[:3]
 
 
 class LSTM(torch.nn.LSTM):
@@ -270,12 +291,14 @@ class LSTM(torch.nn.LSTM):
         """Run over `input`: shapes, results and errors of `torch.nn.LSTM`."""
         if _observed():
             return super().forward(input, hx)
-        self._update_flat_weights()
-        if not self._served(input, hx):
+        # Read anew at every call, wherever weight_norm, parametrize or functional_call put them.
+        own = self._parameters
+        weights: list[Any] = [
+            own[n] if n in own else getattr(self, n, None) for n in self._flat_weights_names
+        ]
+        if not self._served(input, hx, weights):
             return super().forward(input, hx)
 
-        directions = 2 if self.bidirectional else 1
-        count = self.num_layers * directions
         batched = input.dim() == 3
         if not batched:
             x = input.unsqueeze(1)
@@ -283,44 +306,44 @@ class LSTM(torch.nn.LSTM):
             x = input.transpose(0, 1)
         else:
             x = input
-        N = x.shape[1]
-        if hx is None:
-            h0 = c0 = x.new_zeros((count, N, self.hidden_size))
-        elif batched:
-            h0, c0 = hx
-        else:
-            h0, c0 = (state.unsqueeze(1) for state in hx)
+        h0 = c0 = None
+        if hx is not None:
+            h0, c0 = hx if batched else (state.unsqueeze(1) for state in hx)
 
-        per_layer = len(self._flat_weights) // self.num_layers
-        h_n, c_n = [], []
-        for k in range(self.num_layers):
-            own = slice(k * directions, (k + 1) * directions)
-            weights: Any = tuple(self._flat_weights[k * per_layer : (k + 1) * per_layer])
-            if count == directions:
-                x, h, c = _layer(x, h0, c0, weights)
-            else:
-                x, h, c = _layer(x, h0[own], c0[own], weights)
-            if self.dropout and self.training and k < self.num_layers - 1:
-                x = torch.dropout(x, self.dropout, True)
-            h_n.append(h)
-            c_n.append(c)
-        h = h_n[0] if self.num_layers == 1 else torch.cat(h_n)
-        c = c_n[0] if self.num_layers == 1 else torch.cat(c_n)
+        directions = 2 if self.bidirectional else 1
+        layers = self.num_layers
+        if layers == 1:
+            x, h, c = _layer(directions, x, h0, c0, tuple(weights))
+        else:
+            per_layer = len(weights) // layers
+            states = []
+            for k in range(layers):
+                one = slice(k * directions, (k + 1) * directions)
+                x, *state = _layer(
+                    directions,
+                    x,
+                    None if h0 is None else h0[one],
+                    None if c0 is None else c0[one],
+                    tuple(weights[k * per_layer : (k + 1) * per_layer]),
+                )
+                states.append(state)
+                if self.dropout and self.training and k < layers - 1:
+                    x = torch.dropout(x, self.dropout, True)
+            h, c = (torch.cat(parts) for parts in zip(*states, strict=True))
         if not batched:
             return x.squeeze(1), (h.squeeze(1), c.squeeze(1))
         return x.transpose(0, 1) if self.batch_first else x, (h, c)
 
-    def _served(self, input: Any, hx: Any) -> bool:
+    def _served(self, input: Any, hx: Any, weights: list[Any]) -> bool:
         """Return whether the kernels can run this call. Whatever is not exactly right is not.
 
         nn.LSTM's own path then runs it or raises; what it would read out of bounds or report
         obscurely is raised here.
         """
-        weights: Any = self._flat_weights
-        if not weights or any(w is None for w in weights):
+        if any(w is None for w in weights):
             return False
         dtype = weights[0].dtype
-        self._check_weight_shapes()
+        self._check_weight_shapes(weights)
         if isinstance(input, PackedSequence):
             if isinstance(hx, (tuple, list)) and len(hx) == 2:
                 self.check_forward_args(input.data, (hx[0], hx[1]), input.batch_sizes)
@@ -349,13 +372,12 @@ class LSTM(torch.nn.LSTM):
         state = (count, N, self.hidden_size) if batched else (count, self.hidden_size)
         return all(_plain(s, dtype) and s.shape == state for s in hx)
 
-    def _check_weight_shapes(self) -> None:
+    def _check_weight_shapes(self, weights: list[Any]) -> None:
         H, P = self.hidden_size, self.proj_size or self.hidden_size
         directions = 2 if self.bidirectional else 1
         per_direction = len(self._all_weights[0])
         gates = 4 * H
         rest = ([(gates,), (gates,)] if self.bias else []) + ([(P, H)] if self.proj_size else [])
-        weights: Any = self._flat_weights
         for k, (name, weight) in enumerate(zip(self._flat_weights_names, weights, strict=True)):
             kind = k % per_direction
             if kind == 0:
@@ -379,12 +401,11 @@ class LSTMCell(torch.nn.LSTMCell):
             return super().forward(input, hx)
         batched = input.dim() == 2
         x = input.unsqueeze(0) if batched else input.view(1, 1, -1)
-        if hx is None:
-            h0 = c0 = x.new_zeros((1, x.shape[1], self.hidden_size))
-        else:
+        h0 = c0 = None
+        if hx is not None:
             h0, c0 = (s.unsqueeze(0) if batched else s.view(1, 1, -1) for s in hx)
-        weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-        _, h, c = _layer(x, h0, c0, weights if self.bias else weights[:2])
+        weights: Any = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        _, h, c = _layer(1, x, h0, c0, weights if self.bias else weights[:2])
         return (h.squeeze(0), c.squeeze(0)) if batched else (h.view(-1), c.view(-1))
 
     def _served(self, input: Any, hx: Any) -> bool:

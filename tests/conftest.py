@@ -1,0 +1,45 @@
+"""Fixtures for all tests."""
+
+from __future__ import annotations
+
+import fastlstm
+import hypothesis
+import numpy as np
+import pytest
+from fastlstm import _core
+
+# The same examples on every run: a red test stays red until it is mended.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(params=_core.supported_isas())
+def isa(request):
+    """Every instruction set this machine runs, one after the other."""
+    before = _core.active_isa()
+    _core.use_isa(request.param)
+    yield request.param
+    _core.use_isa(before)
+
+
+@pytest.fixture(params=[np.float32, np.float64], ids=["float32", "float64"])
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def _restore_num_threads():
+    before = fastlstm.get_num_threads()
+    yield
+    fastlstm.set_num_threads(before)
+
+
+@pytest.fixture
+def torch():
+    """For single tests that compare with torch in files that otherwise do without it."""
+    return pytest.importorskip("torch", reason="compares with torch.nn.LSTM")

@@ -1,0 +1,275 @@
+"""One layer, one direction: the compiled functions against the NumPy oracle, on every ISA."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import fastlstm
+import numpy as np
+import pytest
+from fastlstm import _core
+from helpers import (
+    AWKWARD,
+    TOLERANCE,
+    Problem,
+    assert_all_close,
+    assert_all_same_bits,
+    assert_close,
+    assert_same_bits,
+    make_problem,
+    named_gradients,
+    run_kernels,
+    run_reference,
+)
+
+# (T, N, D, H): each size takes every awkward value while the others stay small, then all at once.
+SIZES = sorted(
+    {
+        *((size, 2, 3, 5) for size in AWKWARD),
+        *((3, size, 5, 9) for size in AWKWARD),
+        *((3, 2, size, 7) for size in AWKWARD),
+        *((3, 3, 5, size) for size in AWKWARD),
+        *((1, 1, size, size) for size in AWKWARD),
+        *(
+            (AWKWARD[k], AWKWARD[(k + 5) % 16], AWKWARD[(k + 9) % 16], AWKWARD[(k + 14) % 16])
+            for k in range(16)
+        ),
+        (2, 97, 97, 97),
+        (1, 64, 128, 200),
+    }
+)
+# More workers than the machine has cores, to reach the plans that split the work.
+THREADS = (1, 3)
+
+
+@cache
+def problem_and_answer(sizes, dtype, bias, reverse) -> tuple[Problem, dict[str, np.ndarray]]:
+    p = make_problem(*sizes, dtype, bias=bias)
+    return p, run_reference(p, reverse=reverse)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda s: "x".join(map(str, s)))
+def test_equals_reference(isa, dtype, sizes):
+    for bias in (True, False):
+        for reverse in (False, True):
+            p, expected = problem_and_answer(sizes, dtype, bias, reverse)
+            for threads in THREADS:
+                fastlstm.set_num_threads(threads)
+                assert_all_close(run_kernels(p, reverse=reverse), expected, dtype=dtype)
+
+
+def test_isas_are_known_and_ordered():
+    assert _core.compiled_isas()[0] == "generic"
+    assert set(_core.supported_isas()) <= set(_core.compiled_isas())
+    assert _core.supported_isas()[0] == "generic"
+    assert _core.active_isa() in _core.supported_isas()
+    with pytest.raises((ValueError, ImportError, RuntimeError), match="sse9"):
+        _core.use_isa("sse9")
+    assert _core.active_isa() in _core.supported_isas()
+
+
+def test_inference_and_training_give_the_same_bits(isa, dtype):
+    """Evaluation must not depend on whether a tape is kept."""
+    for sizes in [(1, 1, 64, 64), (7, 3, 5, 17), (20, 33, 31, 65)]:
+        p = make_problem(*sizes, dtype)
+        results = run_kernels(p)
+        for name in ("y", "h_n", "c_n"):
+            assert_same_bits(results[name], results[f"{name}, training"], name)
+
+
+def test_inputs_are_never_changed(isa, dtype):
+    p = make_problem(5, 3, 7, 9, dtype)
+    kept = p.copy()
+    run_kernels(p)
+    run_kernels(p, reverse=True)
+    assert_all_same_bits(p.arrays(), kept.arrays())
+
+
+@pytest.mark.parametrize("which", ["y", "h", "c", "none"])
+def test_one_gradient_alone(isa, dtype, which):
+    """A gradient that is None counts as zeros."""
+    p = make_problem(6, 5, 3, 11, dtype)
+    for name in ("y", "h", "c"):
+        if name != which:
+            getattr(p, f"grad_{name}")[...] = 0
+    expected = {k: v for k, v in run_reference(p).items() if k.startswith("grad")}
+
+    _, _, tape = fastlstm.lstm_forward(*p.forward_args, p.state, need_tape=True)
+    grad_y = p.grad_y if which == "y" else None
+    grad_h = p.grad_h if which == "h" else None
+    grad_c = p.grad_c if which == "c" else None
+    grads = fastlstm.lstm_backward(tape, grad_y, (grad_h, grad_c))
+    assert_all_close(named_gradients(grads), expected, dtype=dtype)
+    if which in ("y", "none"):
+        again = fastlstm.lstm_backward(tape, grad_y)
+        assert_all_same_bits(named_gradients(again), named_gradients(grads))
+
+
+def test_state_none_means_zeros(isa, dtype):
+    p = make_problem(4, 3, 2, 5, dtype)
+    p.h0[...] = 0
+    p.c0[...] = 0
+    expected = run_kernels(p)
+    y, (h_n, c_n), tape = fastlstm.lstm_forward(*p.forward_args, need_tape=True)
+    grads = fastlstm.lstm_backward(tape, p.grad_y, p.grad_state)
+    for name, a in {"y": y, "h_n": h_n, "c_n": c_n, **named_gradients(grads)}.items():
+        assert_same_bits(a, expected[name], name)
+
+
+@pytest.mark.parametrize("present", ["bias_ih", "bias_hh"])
+def test_one_bias_alone(isa, dtype, present):
+    p = make_problem(4, 3, 2, 5, dtype)
+    setattr(p, {"bias_ih": "bias_hh", "bias_hh": "bias_ih"}[present], None)
+    assert_all_close(run_kernels(p), run_reference(p), dtype=dtype)
+
+
+def test_a_tape_can_be_used_again(isa, dtype):
+    p = make_problem(4, 3, 2, 5, dtype)
+    _, _, tape = fastlstm.lstm_forward(*p.forward_args, p.state, need_tape=True)
+    fastlstm.lstm_forward(*p.forward_args, need_tape=True)  # another call in between
+    first = fastlstm.lstm_backward(tape, p.grad_y, p.grad_state)
+    second = fastlstm.lstm_backward(tape, p.grad_y, p.grad_state)
+    assert_all_same_bits(named_gradients(first), named_gradients(second))
+
+
+def test_unbatched_equals_a_batch_of_one(isa, dtype):
+    p = make_problem(6, 1, 3, 9, dtype)
+    expected = run_kernels(p, reverse=True)
+    y, (h_n, c_n), tape = fastlstm.lstm_forward(
+        p.x[:, 0],
+        *p.forward_args[1:],
+        (p.h0[0], p.c0[0]),
+        reverse=True,
+        need_tape=True,
+    )
+    grads = fastlstm.lstm_backward(tape, p.grad_y[:, 0], (p.grad_h[0], p.grad_c[0]))
+    assert (y.shape, h_n.shape, c_n.shape) == ((6, 9), (9,), (9,))
+    assert (grads.x.shape, grads.h0.shape, grads.c0.shape) == ((6, 3), (9,), (9,))
+    for name, a in {"y": y, "h_n": h_n, "c_n": c_n, **named_gradients(grads)}.items():
+        assert a.tobytes() == expected[name].tobytes(), name
+
+
+def test_empty_batch(isa, dtype):
+    p = make_problem(3, 0, 4, 5, dtype)
+    results = run_kernels(p)
+    expected = run_reference(p)
+    for name, a in results.items():
+        assert (a.shape, a.dtype) == (expected[name].shape, dtype), name
+        assert not a.any(), name  # weight gradients are sums of nothing
+
+
+@pytest.mark.parametrize("T", [1, 4, 40])
+def test_rows_do_not_depend_on_their_batch(isa, dtype, T):
+    """A row of a batch is computed on its own, up to rounding."""
+    p = make_problem(T, 33, 5, 17, dtype)
+    y, _ = fastlstm.lstm_forward(*p.forward_args, p.state)
+    for n in (0, 7, 32):
+        alone, _ = fastlstm.lstm_forward(
+            p.x[:, n : n + 1], *p.forward_args[1:], (p.h0[n : n + 1], p.c0[n : n + 1])
+        )
+        assert_close(alone, y[:, n : n + 1].astype(np.float64), name=f"row {n}")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("N", [1, 2, 9, 33])
+def test_nan_and_inf_stay_in_their_row_and_go_where_the_formula_sends_them(isa, dtype, N, bad):
+    p = make_problem(6, N, 5, 19, dtype)
+    clean = run_kernels(p)
+    row = N // 2
+    p.x[2, row, 3] = bad
+    with np.errstate(invalid="ignore"):
+        expected = run_reference(p)
+    actual = run_kernels(p)
+    for name in ("y", "h_n", "c_n", "y, training", "grad x", "grad h0", "grad c0"):
+        a, e = actual[name], expected[name]
+        np.testing.assert_array_equal(np.isnan(a), np.isnan(e), err_msg=name)
+        np.testing.assert_array_equal(np.isinf(a), np.isinf(e), err_msg=name)
+        finite = np.isfinite(e)
+        assert_close(a[finite], e[finite], name=name)
+        others = np.arange(N) != row
+        assert_same_bits(a[..., others, :], clean[name][..., others, :], name)
+    for name in ("grad weight_ih", "grad weight_hh", "grad bias_ih"):
+        np.testing.assert_array_equal(
+            np.isnan(actual[name]), np.isnan(expected[name]), err_msg=name
+        )
+
+
+@pytest.mark.parametrize("name", ["h0", "c0", "weight_ih", "weight_hh", "bias_ih"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nan_and_inf_in_states_and_weights(isa, dtype, name, bad):
+    p = make_problem(4, 3, 5, 19, dtype)
+    getattr(p, name).flat[7] = bad
+    with np.errstate(invalid="ignore"):
+        expected = run_reference(p)
+    actual = run_kernels(p)
+    for result in ("y", "h_n", "c_n"):
+        a, e = actual[result], expected[result]
+        np.testing.assert_array_equal(np.isnan(a), np.isnan(e), err_msg=result)
+        np.testing.assert_array_equal(np.isinf(a), np.isinf(e), err_msg=result)
+        finite = np.isfinite(e)
+        assert_close(a[finite], e[finite], name=result)
+
+
+def test_nan_after_the_last_use_does_not_leak(isa, dtype):
+    """Padding beside a row, or workspace of an earlier call, must not reach the results."""
+    p = make_problem(5, 3, 7, 9, dtype)
+    expected = run_kernels(p)
+    poisoned = make_problem(5, 3, 7, 9, dtype, seed=1)
+    for a in poisoned.arrays().values():
+        a[...] = np.nan
+    run_kernels(poisoned)
+    assert_all_same_bits(run_kernels(p), expected)
+
+
+def test_saturated_gates(isa, dtype):
+    """Pre-activations of +-1e4: every gate is exactly 0 or 1, nothing overflows."""
+    p = make_problem(5, 3, 1, 9, dtype)
+    p.x = np.sign(p.x)
+    p.weight_ih = np.sign(p.weight_ih) * dtype(1e4)
+    assert_all_close(run_kernels(p), run_reference(p), dtype=dtype)
+
+
+def test_decay_through_denormals_stays_right(isa, dtype):
+    """Zero input, closing forget gate: c halves every step until it is a denormal, then zero."""
+    T, N, D, H = 1400, 2, 3, 5
+    p = make_problem(T, N, D, H, dtype)
+    for a in (p.x, p.weight_ih, p.weight_hh, p.bias_ih, p.bias_hh):
+        a[...] = 0
+    y, (h_n, c_n), tape = fastlstm.lstm_forward(*p.forward_args, p.state, need_tape=True)
+
+    # Without input every sigmoid is 1/2 and the candidate 0, so c_t = c_0 / 2**t and h = tanh(c)/2.
+    c = p.c0.astype(np.float64) * 0.5 ** np.arange(1, T + 1)[:, None, None]
+    smallest = np.finfo(dtype).tiny
+    np.testing.assert_allclose(y, np.tanh(c) / 2, rtol=1e-6, atol=2 * smallest)
+    np.testing.assert_allclose(h_n, 0, atol=smallest)
+    np.testing.assert_allclose(c_n, 0, atol=smallest)
+
+    expected = run_reference(p)
+    grads = fastlstm.lstm_backward(tape, p.grad_y, p.grad_state)
+    for name, a in named_gradients(grads).items():
+        if np.abs(expected[name]).max() == 0:
+            np.testing.assert_array_equal(a, 0, err_msg=name)
+        else:
+            assert_close(a, expected[name], name=name)
+
+
+def test_denormal_inputs_are_right_up_to_the_smallest_normal(isa, dtype):
+    """Flushing a denormal to zero is an error of less than the smallest normal number."""
+    tiny = np.finfo(dtype).tiny
+    p = make_problem(3, 2, 3, 5, dtype)
+    for a in (p.x, p.h0, p.c0):
+        a *= tiny / 8
+    expected = run_reference(p)
+    for name, a in run_kernels(p).items():
+        scale = np.abs(expected[name]).max()
+        atol = max(TOLERANCE[a.dtype] * scale, 64 * tiny)
+        np.testing.assert_allclose(a, expected[name], rtol=0, atol=atol, err_msg=name)
+
+
+def test_the_callers_floating_point_mode_is_restored(isa, dtype):
+    """The kernels may flush denormals; the caller's own arithmetic must not."""
+    p = make_problem(3, 2, 3, 5, dtype)
+    run_kernels(p)
+    tiny = np.full(64, np.finfo(dtype).tiny, dtype)
+    assert ((tiny / 2) > 0).all()
+    assert ((tiny / 2) * 2 == tiny).all()

@@ -1,0 +1,1363 @@
+"""fastlstm.nn beside torch.nn: the same results, gradients, errors and manners.
+
+"The same outcome" means that both return equal values or that both raise the same error, so these
+tests hold for whatever torch version is installed.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import pickle
+import re
+import sys
+import warnings
+
+import numpy as np
+import pytest
+from helpers import run_python, stdout_of
+
+torch = pytest.importorskip("torch", reason="tests of the torch side")
+
+import fastlstm.nn  # noqa: E402 - needs torch
+from torch import nn  # noqa: E402
+from torch.nn.utils import parametrizations, prune, rnn  # noqa: E402
+
+T, N, D, H = 6, 3, 4, 5
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+F32, F64 = torch.float32, torch.float64
+# More than in test_kernels.py, since nn.LSTM is off as well; other dtypes are torch's own: equal.
+TOLERANCE = {F32: 1e-5, F64: 2e-14}
+
+
+# --- comparisons ---------------------------------------------------------------------------------
+
+
+def flatten(value):
+    """All tensors of a nested result; None stays."""
+    if isinstance(value, rnn.PackedSequence):
+        return [value.data, value.batch_sizes, value.sorted_indices, value.unsorted_indices]
+    if isinstance(value, (tuple, list)):
+        return [tensor for part in value for tensor in flatten(part)]
+    return [value]
+
+
+def assert_close(actual, expected, *, scale=1.0):
+    """Nested results with the same structure, dtypes, devices and, up to rounding, values."""
+    assert type(actual) is type(expected)
+    for a, e in zip(flatten(actual), flatten(expected), strict=True):
+        if e is None or not isinstance(e, torch.Tensor):
+            assert a == e
+            continue
+        assert (a.shape, a.dtype, a.device) == (e.shape, e.dtype, e.device)
+        if a.numel() == 0 or a.device.type == "meta":
+            continue
+        if not a.is_floating_point():
+            assert torch.equal(a, e)
+            continue
+        limit = scale * TOLERANCE.get(a.dtype, 0) * max(1.0, e.detach().abs().max().item())
+        torch.testing.assert_close(a, e, rtol=0, atol=limit, equal_nan=True)
+
+
+def outcome(f):
+    """What f returns, or the type and the text of what it raises, and what it warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            result = f()
+        except Exception as error:
+            result = (type(error), str(error))
+    return result, [(w.category, str(w.message)) for w in caught]
+
+
+def assert_same_outcome(ours, theirs, **kwargs):
+    (a, a_warnings), (e, e_warnings) = outcome(ours), outcome(theirs)
+    assert_close(a, e, **kwargs)
+    assert a_warnings == e_warnings
+    return e
+
+
+def pair(*args, cell=False, seed=0, **kwargs):
+    """Ours and theirs with the same parameters."""
+    name = "LSTMCell" if cell else "LSTM"
+    torch.manual_seed(seed)
+    theirs = getattr(nn, name)(*args, **kwargs)
+    ours = getattr(fastlstm.nn, name)(*args, **kwargs)
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def leaf(*shape, dtype=F32, seed=0, grad=True):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, dtype=dtype, generator=generator).requires_grad_(grad)
+
+
+def copy_of(x):
+    """Of the same strides."""
+    return x.detach().clone(memory_format=torch.preserve_format)
+
+
+def backward(module, *inputs):
+    """The result, and the gradients of inputs and parameters of a loss that uses all of it."""
+    inputs = [copy_of(x).requires_grad_() for x in inputs]
+    x, *state = inputs
+    result = module(x, tuple(state)) if state else module(x)
+    outputs = flatten(result)
+    incoming = [torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view_as(t) for t in outputs]
+    grads = torch.autograd.grad(
+        outputs, [*inputs, *module.parameters()], incoming, allow_unused=True
+    )
+    return result, list(grads)
+
+
+def assert_same(ours, theirs, *inputs):
+    """Result and every gradient."""
+    assert_close(backward(ours, *inputs), backward(theirs, *inputs))
+
+
+# --- results and gradients -----------------------------------------------------------------------
+
+# layers, bidirectional, bias, layout
+CONFIGS = list(
+    itertools.product((1, 2, 3), (False, True), (True, False), ("time", "batch", "unbatched"))
+)
+
+
+def config_id(config):
+    layers, bidirectional, bias, layout = config
+    parts = [f"{layers}", "both" if bidirectional else "one", "bias" if bias else "no_bias", layout]
+    return "-".join(parts)
+
+
+two_configs = pytest.mark.parametrize(
+    "config", [(1, False, True, "time"), (2, True, True, "batch")], ids=config_id
+)
+
+
+def inputs_for(config, dtype=F32, T=T, N=N):
+    layers, bidirectional, _, layout = config
+    slots = layers * (2 if bidirectional else 1)
+    x = {"time": (T, N, D), "batch": (N, T, D), "unbatched": (T, D)}[layout]
+    state = (slots, H) if layout == "unbatched" else (slots, N, H)
+    return [leaf(*shape, dtype=dtype, seed=k) for k, shape in enumerate((x, state, state))]
+
+
+def build(config, dtype=F32, **kwargs):
+    layers, bidirectional, bias, layout = config
+    return pair(
+        D,
+        H,
+        layers,
+        bidirectional=bidirectional,
+        bias=bias,
+        batch_first=layout == "batch",
+        dtype=dtype,
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=config_id)
+@every_dtype
+def test_lstm_equals_torch(config, dtype):
+    ours, theirs = build(config, dtype)
+    x, *state = inputs_for(config, dtype)
+    assert_same(ours, theirs, x, *state)
+    assert_same(ours, theirs, x)
+    with torch.no_grad():
+        assert_close(ours(x, tuple(state)), theirs(x, tuple(state)))
+    assert_close(ours(x, list(state)), theirs(x, list(state)))
+
+
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 64, 64), (1, 3, 17, 33), (35, 20, 65, 97), (100, 1, 1, 1)]
+)
+@every_dtype
+def test_lstm_equals_torch_at_other_sizes(sizes, dtype):
+    steps, batch, features, hidden = sizes
+    ours, theirs = pair(features, hidden, dtype=dtype)
+    assert_same(ours, theirs, leaf(steps, batch, features, dtype=dtype))
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("batch", [(), (1,), (3,), (33,)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1), (4, 5), (17, 64)], ids=str)
+@every_dtype
+def test_cell_equals_torch(bias, batch, sizes, dtype):
+    features, hidden = sizes
+    ours, theirs = pair(features, hidden, bias=bias, dtype=dtype, cell=True)
+    x = leaf(*batch, features, dtype=dtype)
+    h, c = (leaf(*batch, hidden, dtype=dtype, seed=k) for k in (1, 2))
+    assert_same(ours, theirs, x, h, c)
+    assert_same(ours, theirs, x)
+    with torch.no_grad():
+        assert_close(ours(x, (h, c)), theirs(x, (h, c)))
+
+
+def test_cell_in_a_loop():
+    ours, theirs = pair(D, H, cell=True)
+    x = leaf(T, N, D)
+
+    def run(cell):
+        state = None
+        for step in x:
+            state = cell(step, state)
+        return [state, torch.autograd.grad(state[0].sum(), [x, *cell.parameters()])]
+
+    assert_close(run(ours), run(theirs))
+
+
+@two_configs
+def test_empty_batch(config):
+    ours, theirs = build(config)
+    inputs = inputs_for(config, N=0)
+    assert_same(ours, theirs, *inputs)
+    assert_same(ours, theirs, inputs[0])
+
+
+def test_cell_empty_batch():
+    ours, theirs = pair(D, H, cell=True)
+    assert_same(ours, theirs, leaf(0, D), leaf(0, H), leaf(0, H))
+
+
+@pytest.mark.parametrize("sizes", [(2, 0), (0, 3)], ids=str)
+def test_cell_of_size_zero(sizes):
+    ours, theirs = pair(*sizes, cell=True)
+    x = leaf(N, sizes[0])
+    assert_same_outcome(lambda: backward(ours, x), lambda: backward(theirs, x))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@every_dtype
+def test_nan_and_inf(value, dtype):
+    ours, theirs = pair(D, H, 2, bidirectional=True, dtype=dtype)
+    x = leaf(T, N, D, dtype=dtype, grad=False)
+    clean = ours(x)[0].detach()
+    x[2, 1, 3] = value
+    assert_same(ours, theirs, x)
+    others = ours(x)[0].detach()[:, [0, 2]]
+    assert torch.equal(others, clean[:, [0, 2]])
+
+
+def transposed(x):
+    return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def sliced(x):
+    return torch.stack((x, torch.full_like(x, float("nan"))), -1)[..., 0]
+
+
+def expanded(x):
+    return x[:1].expand_as(x)
+
+
+@pytest.mark.parametrize("layout", [transposed, sliced, expanded], ids=lambda f: f.__name__)
+@two_configs
+def test_non_contiguous_inputs(layout, config):
+    ours, theirs = build(config)
+    inputs = [layout(x.detach()) for x in inputs_for(config)]
+    assert any(not x.is_contiguous() for x in inputs)
+    assert_same(ours, theirs, *inputs)
+
+    x = copy_of(inputs[0]).requires_grad_()
+    grads = [torch.autograd.grad(m(layout(x))[0].sum(), x) for m in (ours, theirs)]
+    assert_close(*grads)
+
+
+def test_gradients_that_arrive_non_contiguous():
+    ours, theirs = pair(D, H)
+    x = leaf(T, N, D)
+
+    def grads(module):
+        y, (h, c) = module(x)
+        incoming = [transposed(leaf(*t.shape, seed=k, grad=False)) for k, t in enumerate((y, h, c))]
+        return torch.autograd.grad((y, h, c), [x, *module.parameters()], incoming)
+
+    assert_close(grads(ours), grads(theirs))
+
+
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 1), (1, 2)], ids=str)
+def test_only_some_outputs_are_used(which):
+    """y, h_n and c_n: a gradient that never arrives counts as zeros."""
+    ours, theirs = pair(D, H, 2)
+    x, h, c = leaf(T, N, D), leaf(2, N, H, seed=1), leaf(2, N, H, seed=2)
+
+    def grads(module):
+        y, state = module(x, (h, c))
+        outputs = (y, *state)
+        return torch.autograd.grad(
+            sum(outputs[k].square().sum() for k in which), [x, h, c, *module.parameters()]
+        )
+
+    assert_close(grads(ours), grads(theirs))
+
+
+@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
+def test_negative_views(cell):
+    """The imaginary part of a conjugate shares memory with numbers of the other sign."""
+
+    def negative(*shape):
+        return torch._neg_view(leaf(*shape, grad=False))
+
+    ours, theirs = pair(D, H, cell=cell)
+    shapes = [(N, D), (N, H), (N, H)] if cell else [(T, N, D), (1, N, H), (1, N, H)]
+    weights = {name: negative(*p.shape) for name, p in ours.named_parameters()}
+
+    def run(module):
+        x, h, c = (negative(*shape).requires_grad_() for shape in shapes)
+        results = flatten(module(x, (h, c)))
+        incoming = [negative(*t.shape) for t in results]
+        grads = torch.autograd.grad(results, [x, h, c, *module.parameters()], incoming)
+        return [results, grads, torch.func.functional_call(module, weights, (x,))]
+
+    assert_close(run(ours), run(theirs))
+
+
+NAMES = ["x", "h0", "c0", "weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"]
+
+
+@pytest.mark.parametrize(
+    "wanted", [*([name] for name in NAMES), ["x", "weight_hh_l0"], []], ids=str
+)
+def test_only_some_gradients_are_wanted(wanted):
+    ours, theirs = pair(D, H)
+
+    def run(module):
+        leaves = {"x": leaf(T, N, D), "h0": leaf(1, N, H, seed=1), "c0": leaf(1, N, H, seed=2)}
+        leaves |= dict(module.named_parameters())
+        for name, tensor in leaves.items():
+            tensor.requires_grad_(name in wanted)
+        y, (h, c) = module(leaves["x"], (leaves["h0"], leaves["c0"]))
+        flags = [t.requires_grad for t in (y, h, c)]
+        if not wanted:
+            return [y, flags]
+        loss = y.square().sum() + h.sum() + c.sum()
+        return [y, flags, torch.autograd.grad(loss, [leaves[name] for name in wanted])]
+
+    assert_close(run(ours), run(theirs))
+
+
+def test_no_grad_and_inference_mode():
+    ours, theirs = pair(D, H)
+    x = leaf(T, N, D)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            y = ours(x)[0]
+            assert not y.requires_grad
+            assert_close(y, theirs(x)[0])
+            assert y.is_inference() == theirs(x)[0].is_inference()
+
+
+@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
+def test_gradients_accumulate(cell):
+    ours, theirs = pair(D, H, cell=cell)
+    x = leaf(N, D) if cell else leaf(T, N, D)
+    for module in (ours, theirs):
+        for _ in range(2):
+            module(x)[0].sum().backward()
+    for a, e in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert_close(a.grad, e.grad)
+
+
+def test_eval_mode_backward():
+    ours, theirs = pair(D, H, 2, dropout=0.5)
+    assert_same(ours.eval(), theirs.eval(), leaf(T, N, D))
+
+
+def test_several_calls_before_one_backward():
+    """Each call has a tape of its own."""
+    ours, theirs = pair(D, H)
+    x, z = leaf(T, N, D), leaf(T + 3, N + 1, D, seed=1)
+
+    def grads(module):
+        first, second = module(x)[0], module(z)[0]
+        return torch.autograd.grad(
+            first.sum() + second.square().sum(), [x, z, *module.parameters()]
+        )
+
+    assert_close(grads(ours), grads(theirs))
+
+
+def test_state_handed_from_call_to_call():
+    """Truncated and full backpropagation through several calls."""
+    ours, theirs = pair(D, H, 2)
+    x = leaf(T, N, D)
+
+    def run(module, detach):
+        state, losses = None, []
+        for part in x.split(2):
+            y, state = module(part, state)
+            losses.append(y.square().sum())
+            if detach:
+                state = tuple(s.detach() for s in state)
+        return torch.autograd.grad(sum(losses), [x, *module.parameters()])
+
+    for detach in (False, True):
+        assert_close(run(ours, detach), run(theirs, detach))
+
+
+# --- gradcheck -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    [(1, False, True, "time"), (1, True, False, "unbatched"), (2, True, True, "batch")],
+    ids=config_id,
+)
+def test_gradcheck_lstm(config):
+    ours, _ = build(config, F64)
+    names, parameters = zip(*ours.named_parameters(), strict=True)
+    inputs = inputs_for(config, F64, T=3, N=2)
+
+    def f(x, h, c, *weights):
+        weights = dict(zip(names, weights, strict=True))
+        return tuple(flatten(torch.func.functional_call(ours, weights, (x, (h, c)))))
+
+    assert torch.autograd.gradcheck(f, (*inputs, *parameters), fast_mode=config[0] > 1)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+def test_gradcheck_cell(bias):
+    ours, _ = pair(D, H, bias=bias, cell=True, dtype=F64)
+    names, parameters = zip(*ours.named_parameters(), strict=True)
+    inputs = [leaf(2, size, dtype=F64, seed=size) for size in (D, H, H)]
+
+    def f(x, h, c, *weights):
+        weights = dict(zip(names, weights, strict=True))
+        return torch.func.functional_call(ours, weights, (x, (h, c)))
+
+    assert torch.autograd.gradcheck(f, (*inputs, *parameters))
+
+
+@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
+def test_gradgradcheck(cell):
+    ours, _ = pair(2, 2, cell=cell, dtype=F64)
+    names, parameters = zip(*ours.named_parameters(), strict=True)
+    shapes = [(2, 2), (2, 2), (2, 2)] if cell else [(2, 1, 2), (1, 1, 2), (1, 1, 2)]
+    inputs = [leaf(*shape, dtype=F64, seed=k) for k, shape in enumerate(shapes)]
+
+    def f(x, h, c, *weights):
+        weights = dict(zip(names, weights, strict=True))
+        return flatten(torch.func.functional_call(ours, weights, (x, (h, c))))[0]
+
+    assert torch.autograd.gradgradcheck(f, (*inputs, *parameters))
+
+
+@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
+@every_dtype
+def test_double_backward_equals_torch(cell, dtype):
+    """As in a gradient penalty."""
+    ours, theirs = pair(D, H, cell=cell, dtype=dtype)
+    x = leaf(N, D, dtype=dtype) if cell else leaf(T, N, D, dtype=dtype)
+
+    def penalty(module):
+        (g,) = torch.autograd.grad(module(x)[0].square().sum(), x, create_graph=True)
+        return [
+            g,
+            torch.autograd.grad(g.square().sum(), [x, *module.parameters()], allow_unused=True),
+        ]
+
+    assert_close(penalty(ours), penalty(theirs), scale=4)
+
+
+# --- modules -------------------------------------------------------------------------------------
+
+
+def test_subclasses():
+    assert issubclass(fastlstm.nn.LSTM, nn.LSTM)
+    assert issubclass(fastlstm.nn.LSTMCell, nn.LSTMCell)
+    ours, theirs = pair(D, H, 2, dropout=0.25, bidirectional=True)
+    assert repr(ours) == repr(theirs)
+    assert ours.mode == "LSTM"
+    assert ours._flat_weights_names == theirs._flat_weights_names
+    assert len(ours.all_weights) == len(theirs.all_weights)
+    assert ours.flatten_parameters() is None
+    cells = pair(D, H, cell=True)
+    assert repr(cells[0]) == repr(cells[1])
+
+
+@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+def test_initial_parameters_are_those_of_torch(cell, bias):
+    name = "LSTMCell" if cell else "LSTM"
+    kwargs = {} if cell else {"num_layers": 2, "bidirectional": True}
+    parameters = []
+    for module in (fastlstm.nn, nn):
+        torch.manual_seed(7)
+        parameters.append(list(getattr(module, name)(D, H, bias=bias, **kwargs).named_parameters()))
+    ours, theirs = parameters
+    assert [n for n, _ in ours] == [n for n, _ in theirs]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
+def test_state_dict_both_ways(cell):
+    first, second = pair(D, H, cell=cell), pair(D, H, cell=cell, seed=1)
+    for source, target in [(first[0], second[1]), (first[1], second[0])]:
+        buffer = io.BytesIO()
+        torch.save(source.state_dict(), buffer)
+        buffer.seek(0)
+        target.load_state_dict(torch.load(buffer, weights_only=True))
+        for (a, x), (b, y) in zip(
+            source.state_dict().items(), target.state_dict().items(), strict=True
+        ):
+            assert a == b
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
+def test_pickle_and_deepcopy(cell):
+    ours, theirs = pair(D, H, cell=cell)
+    x = leaf(N, D) if cell else leaf(T, N, D)
+    ours(x)[0].sum().backward()  # leaves nothing behind that cannot be pickled
+    buffer = io.BytesIO()
+    torch.save(ours, buffer)
+    buffer.seek(0)
+    for twin in (
+        pickle.loads(pickle.dumps(ours)),
+        copy.deepcopy(ours),
+        torch.load(buffer, weights_only=False),
+    ):
+        assert type(twin) is type(ours)
+        assert_same(twin, theirs, x)
+        with torch.no_grad():
+            for p in twin.parameters():
+                p.zero_()
+        assert not twin(x)[0].any()
+    assert_same(ours, theirs, x)
+
+
+def test_dtype_changes():
+    ours, theirs = pair(D, H)
+    x = leaf(T, N, D, dtype=F64)
+    assert_same(ours.double(), theirs.double(), x)
+    assert_same(ours.float(), theirs.float(), x.float())
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+@pytest.mark.parametrize("p", [0.3, 1.0])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_dropout_has_the_random_stream_of_torch(layers, p, bidirectional):
+    ours, theirs = pair(D, H, layers, dropout=p, bidirectional=bidirectional)
+    x = leaf(T, N, D)
+    results = []
+    for module in (ours, theirs):
+        torch.manual_seed(3)
+        results.append([backward(module, x), backward(module, x), torch.rand(3)])
+    assert_close(*results)
+    assert_same(ours.eval(), theirs.eval(), x)
+
+
+def test_the_state_is_not_a_view_that_writes_through():
+    """h_n and c_n may be changed in place without changing y, as with nn.LSTM."""
+    for batch_first in (False, True):
+        ours, _ = pair(D, H, batch_first=batch_first)
+        with torch.no_grad():
+            y, (h, c) = ours(leaf(T, N, D))
+            kept = y.clone()
+            h.zero_()
+            c.zero_()
+            assert torch.equal(y, kept)
+
+
+def test_inputs_are_not_changed():
+    ours, _ = pair(D, H, 2, bidirectional=True)
+    inputs = inputs_for((2, True, True, "time"))
+    tensors = [*inputs, *ours.parameters()]
+    kept = [t.detach().clone() for t in tensors]
+    versions = [t._version for t in tensors]
+    backward(ours, *inputs)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, kept, strict=True))
+    assert versions == [t._version for t in tensors]
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_memory_layout_of_the_output(batch_first):
+    """`.view()` on the output works wherever it works on that of nn.LSTM."""
+    ours, theirs = pair(D, H, batch_first=batch_first, bidirectional=True)
+    x = leaf(T, N, D)
+    for a, e in zip(flatten(ours(x)), flatten(theirs(x)), strict=True):
+        if e.is_contiguous():
+            assert a.is_contiguous()
+
+
+# --- convert -------------------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(D, D)
+        self.rnn = nn.LSTM(D, H, 2, batch_first=True, dropout=0.1, bidirectional=True)
+        self.stack = nn.ModuleList(
+            [nn.LSTMCell(2 * H, H), nn.ModuleDict({"cell": nn.LSTMCell(H, H)})]
+        )
+        self.alias = self.rnn  # one module under two names
+
+    def forward(self, x):
+        y, _ = self.rnn(self.embed(x))
+        h, _ = self.stack[0](y[:, -1])
+        return self.stack[1]["cell"](h)[0]
+
+
+def test_convert_nested_and_shared_modules():
+    torch.manual_seed(0)
+    model = Model()
+    parameters = dict(model.named_parameters())
+    x = leaf(N, T, D, grad=False)
+    expected = backward(model.eval(), x)
+
+    assert fastlstm.nn.convert(model) is model
+    assert type(model.rnn) is fastlstm.nn.LSTM
+    assert type(model.stack[0]) is fastlstm.nn.LSTMCell
+    assert type(model.stack[1]["cell"]) is fastlstm.nn.LSTMCell
+    assert model.alias is model.rnn
+    assert type(model.embed) is nn.Linear
+    converted = dict(model.named_parameters())
+    assert list(converted) == list(parameters)
+    assert all(converted[name] is p for name, p in parameters.items())
+    assert not model.training
+    assert not model.rnn.training
+    assert_close(backward(model, x), expected)
+
+    assert fastlstm.nn.convert(model) is model  # a second time changes nothing
+    assert_close(backward(model, x), expected)
+
+
+@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
+def test_convert_the_module_itself(cell):
+    _, theirs = pair(D, H, cell=cell)
+    x = leaf(N, D) if cell else leaf(T, N, D)
+    expected = backward(theirs, x)
+    parameters = list(theirs.parameters())
+    ours = fastlstm.nn.convert(theirs)
+    assert type(ours) is (fastlstm.nn.LSTMCell if cell else fastlstm.nn.LSTM)
+    assert all(a is b for a, b in zip(ours.parameters(), parameters, strict=True))
+    assert_close(backward(ours, x), expected)
+
+
+def test_convert_keeps_the_optimizer_working():
+    models = []
+    for convert in (True, False):
+        torch.manual_seed(0)
+        model = Model().eval()
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
+        if convert:
+            model = fastlstm.nn.convert(model)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(leaf(N, T, D, grad=False)).square().sum().backward()
+            optimizer.step()
+        models.append(model)
+    for a, e in zip(*(m.parameters() for m in models), strict=True):
+        assert_close(a, e, scale=20)  # Adam divides by small numbers
+
+
+def test_convert_leaves_subclasses_alone():
+    class Mine(nn.LSTM):
+        def forward(self, x, hx=None):
+            return "mine"
+
+    class MyCell(nn.LSTMCell):
+        pass
+
+    model = fastlstm.nn.convert(nn.ModuleList([Mine(D, H), MyCell(D, H), nn.GRU(D, H)]))
+    assert [type(m) for m in model] == [Mine, MyCell, nn.GRU]
+    assert type(fastlstm.nn.convert(Mine(D, H))) is Mine
+
+
+def test_convert_keeps_hooks_flags_and_attributes():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LSTM(D, H))
+    model[0].weight_hh_l0.requires_grad_(False)
+    model[0].note = "mine"
+    calls = []
+    model[0].register_forward_hook(lambda *_: calls.append("forward"))
+    model[0].register_full_backward_hook(lambda *_: calls.append("backward"))
+    model = fastlstm.nn.convert(model)
+    y, _ = model(leaf(T, N, D))
+    y.sum().backward()
+    assert calls == ["forward", "backward"]
+    assert model[0].note == "mine"
+    assert not model[0].weight_hh_l0.requires_grad
+    assert model[0].weight_hh_l0.grad is None
+
+
+def test_convert_what_is_no_module():
+    with pytest.raises(TypeError, match=r"(?s)expected.*Module.*got.*int"):
+        fastlstm.nn.convert(3)
+
+
+def test_convert_transformed_modules():
+    """weight_norm and pruning leave hooks or subclasses behind; the results stay."""
+    x = leaf(T, N, D)
+    for name in ("weight_norm", "weight_norm_old", "prune"):
+        twins = []
+        for _ in range(2):  # some transformed modules cannot be deep-copied
+            torch.manual_seed(0)
+            twins.append(TRANSFORMS[name](nn.LSTM(D, H)))
+        assert_same(fastlstm.nn.convert(twins[0]), twins[1], x)
+
+
+# --- weights that are replaced or changed --------------------------------------------------------
+
+
+def old_weight_norm(module):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # deprecated, and still in use
+        return nn.utils.weight_norm(module, "weight_hh_l0")
+
+
+TRANSFORMS = {
+    "weight_norm": lambda m: parametrizations.weight_norm(m, "weight_hh_l0"),
+    "weight_norm_old": old_weight_norm,
+    "spectral_norm": lambda m: parametrizations.spectral_norm(m, "weight_hh_l0"),
+    "prune": lambda m: prune.l1_unstructured(m, "weight_hh_l0", amount=0.5),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("twice", [False, True], ids=["once", "after_a_step"])
+def test_reparametrized_weights(transform, twice):
+    modules = pair(D, H)
+    results = []
+    for module in modules:
+        torch.manual_seed(5)
+        transformed = transform(module)
+        x = leaf(T, N, D)
+        if twice:
+            transformed(x)[0].square().sum().backward()
+            with torch.no_grad():
+                for p in transformed.parameters():
+                    p -= 0.1 * p.grad
+        results.append(backward(transformed, x))
+    assert_close(*results)
+
+
+def test_weights_written_through_data():
+    """RL target networks: p.data.copy_() leaves no trace that a cache could see."""
+    ours, theirs = pair(D, H)
+    other, _ = pair(D, H, seed=1)
+    x = leaf(T, N, D)
+    ours(x)
+    for module in (ours, theirs):
+        for p, q in zip(module.parameters(), other.parameters(), strict=True):
+            p.data.copy_(q.data)
+    assert_same(ours, theirs, x)
+    for module in (ours, theirs):
+        for p in module.parameters():
+            p.data = p.data * 2
+    assert_same(ours, theirs, x)
+
+
+@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
+def test_parameters_replaced(cell):
+    ours, theirs = pair(D, H, cell=cell)
+    x = leaf(N, D) if cell else leaf(T, N, D)
+    name = "weight_hh" if cell else "weight_hh_l0"
+    for module in (ours, theirs):
+        setattr(module, name, nn.Parameter(leaf(4 * H, H, seed=9, grad=False)))
+    assert_same(ours, theirs, x)
+    for module in (ours, theirs):
+        delattr(module, name)
+        setattr(module, name, transposed(leaf(4 * H, H, seed=10, grad=False)))
+    assert_same(ours, theirs, x)
+
+
+@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
+def test_functional_call(cell):
+    ours, theirs = pair(D, H, cell=cell)
+    x = leaf(N, D) if cell else leaf(T, N, D)
+    weights = {name: leaf(*p.shape, seed=k) for k, (name, p) in enumerate(ours.named_parameters())}
+
+    def run(module):
+        result = flatten(torch.func.functional_call(module, weights, (x,)))
+        return [result, torch.autograd.grad(result[0].sum(), [x, *weights.values()])]
+
+    assert_close(run(ours), run(theirs))
+    assert_same(ours, theirs, x)  # the module's own weights are back
+
+
+def test_weights_of_strange_layout():
+    """Parameters that are views or not contiguous."""
+    ours, theirs = pair(D, H)
+    x = leaf(T, N, D)
+    for layout in (transposed, sliced):
+        for module in (ours, theirs):
+            for p in module.parameters():
+                p.data = layout(p.data)
+        assert_same(ours, theirs, x)
+
+
+@pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0", "bias_hh_l0"])
+def test_weights_replaced_by_a_wrong_shape(name):
+    """nn.LSTM reads past the end of such weights; an error is the only right answer."""
+    module, _ = pair(D, H)
+    setattr(module, name, nn.Parameter(torch.zeros(3, *getattr(module, name).shape[1:])))
+    with pytest.raises((RuntimeError, ValueError), match=rf"{name}.*20.*3"):
+        module(leaf(T, N, D))
+
+
+# --- autograd's own errors -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
+def test_backward_twice(cell):
+    x = leaf(N, D) if cell else leaf(T, N, D)
+
+    def run(module):
+        loss = module(x)[0].sum()
+        loss.backward()
+        loss.backward()
+
+    ours, theirs = pair(D, H, cell=cell)
+    kind, text = assert_same_outcome(lambda: run(ours), lambda: run(theirs))
+    assert kind is RuntimeError
+    assert "second time" in text
+
+
+@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
+def test_backward_twice_with_retain_graph(cell):
+    ours, theirs = pair(D, H, cell=cell)
+    x = leaf(N, D) if cell else leaf(T, N, D)
+
+    def run(module):
+        loss = module(x)[0].square().sum()
+        return [torch.autograd.grad(loss, x, retain_graph=True) for _ in range(3)]
+
+    first, second, third = run(ours)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[0], third[0])
+    assert_close(run(ours), run(theirs))
+
+
+@pytest.mark.parametrize("what", ["x", "h0", "c0", "weight_ih", "weight_hh", "output"])
+@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
+def test_changes_in_place_before_backward(what, cell):
+    """A gradient of other numbers than those of the forward pass is refused."""
+
+    def run(module):
+        x = leaf(N, D) if cell else leaf(T, N, D)
+        h0, c0 = (leaf(N, H, seed=k) if cell else leaf(1, N, H, seed=k) for k in (1, 2))
+        output = module(x, (h0, c0))[0]
+        changed = {"x": x, "h0": h0, "c0": c0, "output": output}.get(what)
+        if changed is None:
+            changed = getattr(module, what if cell else what + "_l0")
+        with torch.no_grad():
+            changed.add_(1)
+        return torch.autograd.grad(output.square().sum(), [x, h0, c0, *module.parameters()])
+
+    ours, theirs = pair(D, H, cell=cell)
+    expected, _ = outcome(lambda: run(theirs))
+    actual, _ = outcome(lambda: run(ours))
+    if cell and what == "output":  # no LSTMCell needs its output again: h[done] = 0 is common
+        assert_close(actual, expected)
+    else:
+        for kind, text in (actual, expected):
+            assert kind is RuntimeError
+            assert "modified by an inplace operation" in text
+
+
+def test_anomaly_mode_and_hooks():
+    ours, theirs = pair(D, H)
+    with pytest.warns(UserWarning, match="Anomaly"), torch.autograd.detect_anomaly():
+        assert_same(ours, theirs, leaf(T, N, D))
+
+
+# --- what the kernels do not serve: nn.LSTM's own path -------------------------------------------
+
+
+@pytest.mark.parametrize("enforce_sorted", [True, False])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_packed_sequences(enforce_sorted, bidirectional):
+    ours, theirs = pair(D, H, 2, bidirectional=bidirectional)
+    lengths = [T, 4, 2] if enforce_sorted else [2, T, 4]
+    x = leaf(T, N, D)
+    slots = 4 if bidirectional else 2
+    state = leaf(slots, N, H, seed=1), leaf(slots, N, H, seed=2)
+
+    def run(module, state):
+        packed = rnn.pack_padded_sequence(x, lengths, enforce_sorted=enforce_sorted)
+        y, (h, c) = module(packed, state)
+        assert isinstance(y, rnn.PackedSequence)
+        loss = y.data.square().sum() + h.sum() + c.sum()
+        return [(y, (h, c)), torch.autograd.grad(loss, [x, *module.parameters()])]
+
+    for hx in (None, state):
+        assert_close(run(ours, hx), run(theirs, hx))
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("bidirectional", [False, True])
+@every_dtype
+def test_projections(bidirectional, dtype):
+    ours, theirs = pair(D, H, 2, proj_size=3, bidirectional=bidirectional, dtype=dtype)
+    slots = 4 if bidirectional else 2
+    state = [leaf(slots, N, size, dtype=dtype, seed=size) for size in (3, H)]
+    assert_same(ours, theirs, leaf(T, N, D, dtype=dtype), *state)
+    assert_same(ours, theirs, leaf(T, N, D, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
+def test_half_precision(dtype, cell):
+    ours, theirs = pair(D, H, cell=cell, dtype=dtype)
+    x = leaf(N, D, dtype=dtype) if cell else leaf(T, N, D, dtype=dtype)
+    assert_same_outcome(lambda: backward(ours, x), lambda: backward(theirs, x))
+
+
+@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
+def test_meta_device(cell):
+    ours, theirs = (module.to("meta") for module in pair(D, H, cell=cell))
+    x = (leaf(N, D) if cell else leaf(T, N, D)).to("meta")
+    result = assert_same_outcome(lambda: ours(x), lambda: theirs(x))
+    assert flatten(result)[0].device.type == "meta"
+
+
+@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(cell, dtype):
+    ours, theirs = pair(D, H, cell=cell)
+    x = leaf(N, D) if cell else leaf(T, N, D)
+
+    def run(module):
+        with torch.autocast("cpu", dtype):
+            result = module(x)
+        return [result, torch.autograd.grad(flatten(result)[0].float().sum(), x)]
+
+    assert_same_outcome(lambda: run(ours), lambda: run(theirs))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
+@pytest.mark.parametrize("name", ["grad", "jacrev", "jacfwd", "hessian", "vmap", "jvp"])
+@every_dtype
+def test_transforms(name, cell, dtype):
+    """torch.func: nn.LSTM's own result where it has one; where it fails, ours may do more."""
+    ours, theirs = pair(2, 3, cell=cell, dtype=dtype)
+    x = leaf(2, 2, dtype=dtype, grad=False) if cell else leaf(3, 2, 2, dtype=dtype, grad=False)
+
+    def run(module):
+        def f(x):
+            return flatten(module(x))[0].square().sum()
+
+        if name == "vmap":
+            return torch.func.vmap(lambda x: flatten(module(x))[0])(torch.stack((x, 2 * x)))
+        if name == "jvp":
+            return torch.func.jvp(f, (x,), (torch.ones_like(x),))
+        return getattr(torch.func, name)(f)(x)
+
+    expected, _ = outcome(lambda: run(theirs))
+    actual, _ = outcome(lambda: run(ours))
+    if isinstance(expected, tuple) and isinstance(expected[0], type):
+        if isinstance(actual, tuple) and isinstance(actual[0], type):
+            assert actual == expected
+        else:
+            assert name == "vmap"
+            assert_close(actual[1], flatten(ours(2 * x))[0])
+    else:
+        assert_close(actual, expected, scale=4)
+
+
+@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
+def test_func_grad_over_weights(cell):
+    ours, theirs = pair(D, H, cell=cell)
+    x = leaf(N, D, grad=False) if cell else leaf(T, N, D, grad=False)
+
+    def run(module):
+        weights = {name: p.detach() for name, p in module.named_parameters()}
+
+        def loss(weights):
+            return flatten(torch.func.functional_call(module, weights, (x,)))[0].square().sum()
+
+        return list(torch.func.grad(loss)(weights).values())
+
+    assert_close(run(ours), run(theirs))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
+def test_compile(backend, cell):
+    """A model around the module compiles, and gives the uncompiled results."""
+
+    class Around(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+            self.head = nn.Linear(H, 2)
+
+        def forward(self, x):
+            h, _ = self.inner(x + 1)
+            return self.head(h)
+
+    torch.manual_seed(0)
+    ours, _ = pair(D, H, cell=cell)
+    model = Around(ours)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend)
+    for steps in (T, T + 1, T + 2):
+        x = leaf(steps, D) if cell else leaf(steps, N, D)
+        expected, actual = backward(model, x), backward(compiled, x)
+        assert_close(actual, expected)
+        with torch.no_grad():
+            assert_close(compiled(x), model(x))
+    torch._dynamo.reset()
+
+
+def test_activation_checkpointing():
+    from torch.utils.checkpoint import checkpoint
+
+    ours, theirs = pair(D, H, 2)
+    x = leaf(T, N, D)
+
+    def grads(module):
+        y, _ = checkpoint(module, x, use_reentrant=False)
+        return torch.autograd.grad(y.square().sum(), [x, *module.parameters()])
+
+    assert_close(grads(ours), grads(theirs))
+
+
+def test_saved_tensor_hooks():
+    """Such as those that move what backward needs elsewhere."""
+    ours, theirs = pair(D, H, 2, bidirectional=True)
+    with torch.autograd.graph.save_on_cpu():
+        assert_same(ours, theirs, leaf(T, N, D))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_jit_trace():
+    ours, theirs = pair(D, H, 2)
+    traced = torch.jit.trace(ours, leaf(T, N, D, grad=False))
+    assert_same(traced, theirs, leaf(T, N, D, seed=1))
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes self._flat_weights:UserWarning")
+def test_export():
+    ours, theirs = pair(D, H, 2)
+    x = leaf(T, N, D, grad=False)
+    assert_close(torch.export.export(ours, (x,)).module()(x), theirs(x))
+
+
+def test_tensor_subclasses_take_torchs_own_path():
+    """The result is of the subclass again."""
+
+    class Mine(torch.Tensor):
+        pass
+
+    ours, theirs = pair(D, H)
+    x = leaf(T, N, D, grad=False).as_subclass(Mine)
+    assert_same_outcome(lambda: ours(x), lambda: theirs(x))
+
+
+def test_shared_memory():
+    """Weights in memory that processes share."""
+    ours, theirs = pair(D, H)
+    ours.share_memory()
+    theirs.share_memory()
+    assert_same(ours, theirs, leaf(T, N, D))
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+CONSTRUCTOR_ERRORS = [
+    (0, H),
+    (D, 0),
+    (D, H, 0),
+    (-1, H),
+    (1.5, H),
+    (D, 2.0),
+    (D, H, 1, 1),
+    (D, H, 1, True, 1),
+    (D, H, 2, True, False, 1.5),
+    (D, H, 2, True, False, -0.1),
+    (D, H, 2, True, False, True),
+    (D, H, 2, True, False, "half"),
+    (D, H, 1, True, False, 0.5),  # a warning
+    (D, H, 1, True, False, 0.0, False, -1),
+    (D, H, 1, True, False, 0.0, False, H),
+    (D, H, 1, True, False, 0.0, False, 1.5),
+    (D,),
+    (),
+    ("4", H),
+]
+
+
+def type_and_text(f):
+    """The error of f (or None), without class names that must differ, and its warnings."""
+    result, caught = outcome(f)
+    if isinstance(result, tuple) and isinstance(result[0], type):
+        return result, caught
+    return None, caught
+
+
+@pytest.mark.parametrize("args", CONSTRUCTOR_ERRORS, ids=str)
+def test_constructor_errors(args):
+    expected = type_and_text(lambda: nn.LSTM(*args))
+    assert expected != (None, [])
+    assert type_and_text(lambda: fastlstm.nn.LSTM(*args)) == expected
+
+
+@pytest.mark.parametrize(
+    "args", [(), (D,), ("4", H), (1.5, H), (-1, H), (D, -1), (2**40, 2**40)], ids=str
+)
+def test_cell_constructor_errors(args):
+    expected = type_and_text(lambda: nn.LSTMCell(*args))
+    assert expected != (None, [])
+    assert type_and_text(lambda: fastlstm.nn.LSTMCell(*args)) == expected
+
+
+def zeros(*shape, **kwargs):
+    return torch.zeros(*shape, **kwargs)
+
+
+S = (2, N, H)  # the state of two layers
+LSTM_CALLS = {
+    "rank 1": lambda m: m(zeros(D)),
+    "rank 0": lambda m: m(torch.tensor(1.0)),
+    "rank 4": lambda m: m(zeros(1, T, N, D)),
+    "input size": lambda m: m(zeros(T, N, D + 3)),
+    "input size 0": lambda m: m(zeros(T, N, 0)),
+    "input size, unbatched": lambda m: m(zeros(T, D + 3)),
+    "time 0": lambda m: m(zeros(0, N, D)),
+    "time 0, unbatched": lambda m: m(zeros(0, D)),
+    "time 0, batch 0": lambda m: m(zeros(0, 0, D)),
+    "dtype": lambda m: m(zeros(T, N, D, dtype=F64)),
+    "dtype int": lambda m: m(zeros(T, N, D, dtype=torch.int64)),
+    "dtype half": lambda m: m(zeros(T, N, D, dtype=torch.float16)),
+    "dtype complex": lambda m: m(zeros(T, N, D, dtype=torch.complex64)),
+    "device": lambda m: m(zeros(T, N, D, device="meta")),
+    "device of hx": lambda m: m(zeros(T, N, D), (zeros(*S, device="meta"),) * 2),
+    "device of c": lambda m: m(zeros(T, N, D), (zeros(*S), zeros(*S, device="meta"))),
+    "batch of h": lambda m: m(zeros(T, N, D), (zeros(2, N + 1, H), zeros(*S))),
+    "batch of c": lambda m: m(zeros(T, N, D), (zeros(*S), zeros(2, N + 1, H))),
+    "hidden of h": lambda m: m(zeros(T, N, D), (zeros(2, N, H + 1), zeros(*S))),
+    "layers of h": lambda m: m(zeros(T, N, D), (zeros(1, N, H), zeros(1, N, H))),
+    "rank of hx": lambda m: m(zeros(T, N, D), (zeros(2, H), zeros(2, H))),
+    "rank of c": lambda m: m(zeros(T, N, D), (zeros(*S), zeros(2, H))),
+    "rank of hx, unbatched": lambda m: m(zeros(T, D), (zeros(*S), zeros(*S))),
+    "rank of h, unbatched": lambda m: m(zeros(T, D), (zeros(*S), zeros(2, H))),
+    "size of h, unbatched": lambda m: m(zeros(T, D), (zeros(1, H), zeros(2, H))),
+    "one state": lambda m: m(zeros(T, N, D), (zeros(*S),)),
+    "one state, unbatched": lambda m: m(zeros(T, D), (zeros(2, H),)),
+    "three states": lambda m: m(zeros(T, N, D), (zeros(*S),) * 3),
+    "no states": lambda m: m(zeros(T, N, D), ()),
+    "hx a stacked tensor": lambda m: m(zeros(T, N, D), zeros(2, *S)),
+    "hx a tensor": lambda m: m(zeros(T, N, D), zeros(*S)),
+    "hx of None": lambda m: m(zeros(T, N, D), (None, None)),
+    "hx with None": lambda m: m(zeros(T, N, D), (zeros(*S), None)),
+    "hx a number": lambda m: m(zeros(T, N, D), 3),
+    "hx of arrays": lambda m: m(zeros(T, N, D), (np.zeros(S, "f4"),) * 2),
+    "x an array": lambda m: m(np.zeros((T, N, D), "f4")),
+    "x a list": lambda m: m([[[0.0] * D] * N] * T),
+    "x None": lambda m: m(None),
+    "no x": lambda m: m(),
+    "too many arguments": lambda m: m(zeros(T, N, D), None, 1),
+    "unknown argument": lambda m: m(zeros(T, N, D), state=None),
+    "sparse x": lambda m: m(zeros(T, N, D).to_sparse()),
+}
+
+
+def comparable(text):
+    """Addresses and the module's path differ; everything else must not."""
+    text = re.sub(r"0x[0-9a-f]+", "0x", text)
+    return re.sub(r"\b(fastlstm\.nn|torch\.nn\.modules\.rnn)\.", "", text)
+
+
+@pytest.mark.parametrize("bad_call", LSTM_CALLS.values(), ids=LSTM_CALLS)
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_call_errors(bad_call, grad):
+    ours, theirs = pair(D, H, 2)
+    with torch.set_grad_enabled(grad):
+        expected, _ = outcome(lambda: bad_call(theirs))
+        actual, _ = outcome(lambda: bad_call(ours))
+    assert isinstance(expected[0], type), "nn.LSTM accepts this call"
+    assert isinstance(actual[0], type), "accepted"
+    assert actual[0] is expected[0]
+    assert comparable(actual[1]) == comparable(expected[1])
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("bad_call", ["time 0", "batch of h", "input size", "rank of hx"])
+def test_call_errors_batch_first(bad_call, batch_first):
+    ours, theirs = pair(D, H, 2, batch_first=batch_first)
+    calls = LSTM_CALLS | {"time 0": lambda m: m(zeros(*((N, 0, D) if batch_first else (0, N, D))))}
+    expected, _ = outcome(lambda: calls[bad_call](theirs))
+    actual, _ = outcome(lambda: calls[bad_call](ours))
+    assert isinstance(expected[0], type)
+    assert actual == expected
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float16, torch.int64], ids=str)
+@pytest.mark.parametrize("which", [0, 1])
+def test_state_of_another_dtype(dtype, which):
+    """nn.LSTM says "unsupported data type"; here the message names the argument and the dtypes."""
+    ours, theirs = pair(D, H, 2)
+    state = [zeros(*S), zeros(*S)]
+    state[which] = state[which].to(dtype)
+    with pytest.raises((RuntimeError, ValueError)):
+        theirs(zeros(T, N, D), tuple(state))
+    with pytest.raises((RuntimeError, ValueError)) as error:
+        ours(zeros(T, N, D), tuple(state))
+    for word in (f"hx[{which}]", "expected", "float32", "got", str(dtype)):
+        assert word.lower() in str(error.value).lower()
+
+
+C = (N, H)
+CELL_CALLS = {
+    "rank 3": lambda m: m(zeros(T, N, D)),
+    "rank 0": lambda m: m(torch.tensor(1.0)),
+    "input size": lambda m: m(zeros(N, D + 1)),
+    "input size, unbatched": lambda m: m(zeros(D + 1)),
+    "rank of h": lambda m: m(zeros(N, D), (zeros(1, N, H), zeros(*C))),
+    "rank of c": lambda m: m(zeros(N, D), (zeros(*C), zeros(1, N, H))),
+    "batch of h": lambda m: m(zeros(N, D), (zeros(N + 1, H), zeros(*C))),
+    "batch of c": lambda m: m(zeros(N, D), (zeros(*C), zeros(N + 1, H))),
+    "hidden of h": lambda m: m(zeros(N, D), (zeros(N, H + 1), zeros(*C))),
+    "hidden of c": lambda m: m(zeros(N, D), (zeros(*C), zeros(N, H + 1))),
+    "dtype": lambda m: m(zeros(N, D, dtype=F64)),
+    "dtype int": lambda m: m(zeros(N, D, dtype=torch.int64)),
+    "dtype of h": lambda m: m(zeros(N, D), (zeros(*C, dtype=F64), zeros(*C))),
+    "device": lambda m: m(zeros(N, D, device="meta")),
+    "device of hx": lambda m: m(zeros(N, D), (zeros(*C, device="meta"),) * 2),
+    "one state": lambda m: m(zeros(N, D), (zeros(*C),)),
+    "hx a tensor": lambda m: m(zeros(N, D), zeros(*C)),
+    "hx with None": lambda m: m(zeros(N, D), (zeros(*C), None)),
+    "hx a number": lambda m: m(zeros(N, D), 3),
+    "x an array": lambda m: m(np.zeros((N, D), "f4")),
+    "x None": lambda m: m(None),
+    "no x": lambda m: m(),
+}
+
+
+@pytest.mark.parametrize("bad_call", CELL_CALLS.values(), ids=CELL_CALLS)
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_cell_call_errors(bad_call, grad):
+    ours, theirs = pair(D, H, cell=True)
+    with torch.set_grad_enabled(grad):
+        expected, _ = outcome(lambda: bad_call(theirs))
+        actual, _ = outcome(lambda: bad_call(ours))
+    if not isinstance(expected[0], type):
+        assert_close(actual, expected)  # nn.LSTMCell accepts some calls that look wrong
+        return
+    assert actual[0] is expected[0]
+    assert comparable(actual[1]) == comparable(expected[1])
+
+
+@pytest.mark.parametrize("lengths", [[T, 4, 2], [T, T, T]], ids=["ragged", "uniform"])
+def test_packed_input_is_validated(lengths):
+    """nn.LSTM reads past its weights here; an error is the only right answer."""
+    ours, _ = pair(D, H, 2)
+    packed = rnn.pack_padded_sequence(zeros(T, N, D + 3), lengths)
+    with pytest.raises(RuntimeError, match=r"input.size\(-1\) must be equal to input_size"):
+        ours(packed)
+    packed = rnn.pack_padded_sequence(zeros(T, N, D), lengths)
+    with pytest.raises(RuntimeError, match=r"Expected hidden\[0\] size \(2, 3, 5\)"):
+        ours(packed, (zeros(2, N + 1, H), zeros(2, N + 1, H)))
+
+
+@pytest.mark.parametrize("shape", [(2**45, 1, 1), (1, 2**45, 1), (2**30, 2**30, 1)], ids=str)
+def test_results_too_large_for_any_machine(shape):
+    module = fastlstm.nn.LSTM(1, 64)
+    x = zeros(1).expand(*shape)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.raises(RuntimeError):
+            module(x)
+
+
+# --- threads -------------------------------------------------------------------------------------
+
+THREADS = """
+import os, sys
+import torch, fastlstm.nn
+torch.set_num_threads(int(sys.argv[1]))
+def running():
+    return len(os.listdir("/proc/self/task"))
+torch.manual_seed(0)
+m = fastlstm.nn.LSTM(128, 256)
+x = torch.randn(20, 64, 128)
+before = running()
+with torch.no_grad():
+    for _ in range(3):
+        m(x)
+print(running() - before + 1)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_torch_set_num_threads_is_respected(n):
+    assert stdout_of(run_python(THREADS, str(n), timeout=120)) == str(n)
+
+
+@pytest.mark.parametrize("sizes", [(20, 64, 64, 64), (10, 1, 64, 512)], ids=str)
+def test_same_bits_for_any_torch_thread_count(sizes):
+    steps, batch, features, hidden = sizes
+    ours, _ = pair(features, hidden)
+    x = leaf(steps, batch, features)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 4):
+            torch.set_num_threads(n)
+            results.append(flatten(backward(ours, x)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_torchs_own_threads_keep_their_floating_point_mode():
+    """The kernels flush denormals on threads that torch may share; torch must not notice."""
+    ours, _ = pair(128, 256)
+    with torch.no_grad():
+        ours(leaf(20, 64, 128))
+    tiny = torch.full((1 << 20,), torch.finfo(F32).tiny)
+    assert ((tiny / 2) > 0).all()
+
+
+def test_concurrent_calls():
+    from concurrent.futures import ThreadPoolExecutor
+
+    ours, _ = pair(33, 65, 2, bidirectional=True)
+    inputs = [leaf(9, 17, 33, seed=k) for k in range(12)]
+
+    def run(x):
+        return flatten(backward(ours, x))
+
+    expected = [run(x) for x in inputs]
+    with ThreadPoolExecutor(6) as pool:
+        for actual, e in zip(pool.map(run, inputs), expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(actual, e, strict=True))
+
+
+DATALOADER = """
+import sys
+import torch, fastlstm.nn
+from torch.utils.data import DataLoader, Dataset
+torch.manual_seed(0)
+m = fastlstm.nn.LSTM(64, 64)
+inputs = torch.randn(4, 20, 16, 64)
+def run(k):
+    with torch.no_grad():
+        return m(inputs[k])[0][-1]
+class Data(Dataset):
+    def __len__(self):
+        return 4
+    def __getitem__(self, k):
+        torch.set_num_threads(int(sys.argv[1]))  # a worker starts with one
+        return run(k)
+if __name__ == "__main__":
+    expected = [run(k) for k in range(4)]  # the parent has used threads
+    m(inputs[0])[0].sum().backward()
+    loader = DataLoader(Data(), num_workers=2, multiprocessing_context="fork", timeout=60)
+    for batch, e in zip(loader, expected):
+        assert torch.equal(batch[0], e)
+    print("same bits")
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_forked_data_loader_workers(threads):
+    assert stdout_of(run_python(DATALOADER, str(threads), timeout=120)) == "same bits"

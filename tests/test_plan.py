@@ -1,0 +1,60 @@
+"""The thread plan: a pure function from sizes and threads to the way the work is split."""
+
+from __future__ import annotations
+
+import pytest
+from fastlstm import _core
+from hypothesis import given
+from hypothesis import strategies as st
+
+SIZE = st.one_of(st.integers(1, 200), st.integers(1, 1 << 20), st.integers(1, 1 << 40))
+PLAN_ARGS = {
+    "T": SIZE,
+    "N": st.one_of(st.just(0), SIZE),
+    "D": SIZE,
+    "H": SIZE,
+    "threads": st.integers(1, 512),
+    "itemsize": st.sampled_from([4, 8]),
+    "backward": st.booleans(),
+}
+
+
+@given(**PLAN_ARGS)
+def test_the_split_is_legal(**args):
+    plan = _core.plan(**args)
+    assert 1 <= plan["threads"] <= args["threads"]
+    assert plan["row_groups"] >= 1
+    assert plan["panel_groups"] >= 1
+    assert plan["row_groups"] * plan["panel_groups"] == plan["threads"]
+    # no worker without work
+    assert plan["row_groups"] <= max(args["N"], 1)
+    assert plan["panel_groups"] <= args["H"]
+    assert 1 <= plan["block"] <= args["T"]
+
+
+@given(**PLAN_ARGS)
+def test_the_plan_is_pure(**args):
+    assert _core.plan(**args) == _core.plan(**args)
+
+
+@given(**(PLAN_ARGS | {"threads": st.just(1)}))
+def test_one_thread_is_never_split(**args):
+    plan = _core.plan(**args)
+    assert (plan["row_groups"], plan["panel_groups"], plan["threads"]) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(
+    ("sizes", "split"),
+    [
+        ((1, 1, 4, 4), "serial"),
+        ((3, 2, 3, 5), "serial"),
+        ((100, 64, 256, 256), "rows"),
+        ((100, 1, 512, 512), "panels"),
+    ],
+    ids=lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else v,
+)
+def test_the_obvious_cases(sizes, split, backward):
+    plan = _core.plan(*sizes, 2, 4, backward)
+    expected = {"serial": (1, 1), "rows": (2, 1), "panels": (1, 2)}[split]
+    assert (plan["row_groups"], plan["panel_groups"]) == expected
