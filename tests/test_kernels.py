@@ -35,6 +35,7 @@ SIZES = sorted(
             for k in range(16)
         ),
         (2, 97, 97, 97),
+        (3, 300, 5, 9),  # more rows in one step than one pass of a weight gradient takes
         (1, 64, 128, 200),
     }
 )

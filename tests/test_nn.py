@@ -461,6 +461,48 @@ def test_double_backward_equals_torch(cell, dtype):
     assert_close(penalty(ours), penalty(theirs), scale=4)
 
 
+@pytest.mark.parametrize("create_graph", [False, True], ids=["once", "twice"])
+@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
+def test_one_tensor_in_two_places(cell, create_graph):
+    """The same state as h0 and c0, one tensor as both biases: no gradient is counted twice."""
+    x = leaf(N, D, dtype=F64) if cell else leaf(T, N, D, dtype=F64)
+    state = leaf(N, H, dtype=F64) if cell else leaf(1, N, H, dtype=F64)
+
+    def run(module):
+        suffix = "" if cell else "_l0"
+        setattr(module, f"bias_ih{suffix}", getattr(module, f"bias_hh{suffix}"))
+        leaves = [x, state, *module.parameters()]
+        loss = flatten(module(x, (state, state)))[0].square().sum()
+        grads = torch.autograd.grad(loss, leaves, create_graph=create_graph)
+        if not create_graph:
+            return grads
+        return [grads, torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)]
+
+    ours, theirs = pair(D, H, cell=cell, dtype=F64)
+    assert_close(run(ours), run(theirs), scale=4)
+
+
+@pytest.mark.parametrize("create_graph", [False, True], ids=["once", "twice"])
+@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
+def test_inputs_that_depend_on_each_other(cell, create_graph):
+    """Each output is the next input, so x is a function of the state that comes with it."""
+    start = leaf(N, D, dtype=F64) if cell else leaf(2, N, D, dtype=F64)
+
+    def run(module):
+        leaves = [start, *module.parameters()]
+        x, state = start, None
+        for _ in range(3):
+            result = module(x, state)
+            x, state = (result[0], result) if cell else result
+        grads = torch.autograd.grad(x.square().sum(), leaves, create_graph=create_graph)
+        if not create_graph:
+            return grads
+        return [grads, torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)]
+
+    ours, theirs = pair(D, D, cell=cell, dtype=F64)
+    assert_close(run(ours), run(theirs), scale=4)
+
+
 # --- modules -------------------------------------------------------------------------------------
 
 

@@ -26,21 +26,25 @@ SIZES = [
     (7, 64, 128, 128),
     (3, 16, 256, 520),
     (33, 7, 13, 37),
+    (2, 300, 17, 33),
 ]
 SIZE_IDS = ["x".join(map(str, sizes)) for sizes in SIZES]
 
 
 def test_the_sizes_reach_every_plan():
-    plans = [
-        _core.plan(*sizes, threads, itemsize, backward)
-        for sizes in SIZES
-        for threads in THREADS
-        for itemsize in (4, 8)
-        for backward in (False, True)
-    ]
-    splits = {(plan["row_groups"] > 1, plan["panel_groups"] > 1) for plan in plans}
-    assert splits >= {(False, False), (True, False), (False, True)}
-    assert {plan["direct"] for plan in plans} == {False, True}
+    for backward in (False, True):
+        cases = [
+            (sizes, _core.plan(*sizes, threads, itemsize, backward))
+            for sizes in SIZES
+            for threads in THREADS
+            for itemsize in (4, 8)
+        ]
+        splits = {(plan["row_groups"] > 1, plan["panel_groups"] > 1) for _, plan in cases}
+        assert splits >= {(False, False), (True, False), (False, True)}
+        assert {plan["direct"] for _, plan in cases} == {False, True}
+        assert {plan["block"] < T for (T, *_), plan in cases} == {False, True}
+        if not backward:
+            assert {plan["input_in_step"] for _, plan in cases} == {False, True}
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=SIZE_IDS)

@@ -245,6 +245,9 @@ def _differentiable_backward(
     needed: tuple[bool, ...],
 ) -> _Grads:
     """Compute the same gradients through torch's own LSTM, whose backward has a backward."""
+    # Inputs may be one tensor, or depend on one another: a view each keeps the paths through the
+    # others out of these gradients.
+    inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
     x, h0, c0, *weights = inputs
     has_biases = len(weights) == 4 * directions
     zeros = x.new_zeros((directions, x.shape[1], weights[1].shape[1]))
