@@ -22,6 +22,8 @@ import pandas as pd
 import torch
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -289,49 +291,51 @@ def print_tables(trainees: list[Trainee], results: Results, data: Data) -> None:
         f"training {largest_difference(torch_.train_loss, fast.train_loss)}, "
         f"validation {largest_difference(torch_.validation_loss, fast.validation_loss)}",
         highlight=False,
+        soft_wrap=True,
     )
 
 
 STYLE: dict[str, dict] = {  # the reference wide and pale, ours thin and dashed on top of it
+    "measured": {"color": "black", "lw": 0, "marker": "o", "ms": 3, "zorder": 3},
     "torch.nn.LSTM": {"color": "#6baed6", "lw": 4},
     "fastlstm.nn.LSTM": {"color": "#d94801", "lw": 1.5, "ls": (0, (4, 1.5))},
-    "measured": {"color": "black", "lw": 1.5},
-    "last value": {"color": "0.6", "lw": 1.2, "ls": ":"},
-    "same hour yesterday": {"color": "0.6", "lw": 1.2},
-    "same hour last week": {"color": "0.6", "lw": 1.2, "ls": "--"},
+    "last value": {"color": "0.55", "lw": 1.2, "ls": ":"},
+    "same hour yesterday": {"color": "0.55", "lw": 1.2, "ls": (0, (6, 2))},
+    "same hour last week": {"color": "0.55", "lw": 1.2},
 }
 
 
 def draw(trainees: list[Trainee], results: Results, data: Data, output: Path) -> None:
-    figure = Figure(figsize=(14, 9), layout="constrained")
+    figure = Figure(figsize=(14, 9.5), layout="constrained")
     figure.suptitle("Hourly electricity demand of Victoria, Australia: one model, two LSTMs")
-    (losses, week), (run, leads) = figure.subplots(2, 2)
+    (losses, ahead), (run, leads) = figure.subplots(2, 2)
     models = [t.name for t in trainees]
 
     for t in trainees:
         epochs = np.arange(1, len(t.train_loss) + 1)
-        losses.plot(epochs, t.train_loss, **STYLE[t.name], label=f"training, {t.name}")
-        losses.plot(
-            epochs, t.validation_loss, **STYLE[t.name], marker="o", ms=4,
-            label=f"validation, {t.name}",
-        )  # fmt: skip
-    losses.set(title="Loss curves", xlabel="epoch", ylabel="MSE of the scaled demand", yscale="log")
+        losses.plot(epochs, t.train_loss, **STYLE[t.name])
+        losses.plot(epochs, t.validation_loss, **STYLE[t.name])
+    for curve, name in (t.train_loss, "training"), (t.validation_loss, "validation"):
+        losses.annotate(
+            name, (epochs[-1], curve[-1]), xytext=(0, 8), textcoords="offset points", ha="right"
+        )
+    losses.set(title="Loss curves", xlabel="epoch", ylabel="MSE of the scaled demand, log scale")
+    losses.set_yscale("log")
+    losses.yaxis.set_minor_formatter(NullFormatter())
     losses.xaxis.get_major_locator().set_params(integer=True)
 
-    def plot_hours(axes, hours: np.ndarray, lines: dict[str, np.ndarray]) -> None:
-        for name, values in lines.items():
-            axes.plot(data.hours[hours], values, **STYLE[name], label=name)
+    def plot_hours(axes, hours: np.ndarray, forecasts: dict[str, np.ndarray]) -> None:
+        for name, values in forecasts.items():
+            axes.plot(data.hours[hours], values, **STYLE[name])
         locator = AutoDateLocator(maxticks=8)
         axes.xaxis.set_major_locator(locator)
         axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
         axes.set(xlabel="market time (UTC+10)", ylabel="demand in MW")
 
-    weekday = data.hours[results.hours].day_of_week.to_numpy()
-    first = int(np.argmax((weekday[1:] == 0) & (weekday[:-1] == 6))) + 1  # first Monday, 00:00
-    shown = slice(first, first + WEEK)
-    lines = {name: results.one_hour[name][shown] for name in ["last value", *models]}
-    plot_hours(week, results.hours[shown], lines | {"measured": data.demand[results.hours[shown]]})
-    week.set_title("One hour ahead, first full week of the test part")
+    shown = results.hours[: 4 * DAY]
+    forecasts = {name: results.one_hour[name][: len(shown)] for name in ["last value", *models]}
+    plot_hours(ahead, shown, forecasts | {"measured": data.demand[shown]})
+    ahead.set_title("Forecast one hour ahead, start of the test part")
 
     errors = {
         name: forecast - data.demand[results.run_hours]
@@ -340,25 +344,24 @@ def draw(trainees: list[Trainee], results: Results, data: Data, output: Path) ->
     by_run = rmse(errors[models[-1]], axis=1)
     typical = int(np.argsort(by_run)[len(by_run) // 2])
     hours = results.run_hours[typical]
-    past = np.arange(hours[0] - DAY, hours[0] + 1)
-    plot_hours(run, past, {"measured": data.demand[past]})
-    lines = {name: results.free_run[name][typical] for name in ["same hour yesterday", *models]}
-    plot_hours(run, hours, lines)
-    run.plot(data.hours[hours], data.demand[hours], **STYLE["measured"])
-    run.axvline(data.hours[hours[0]], color="0.3", lw=0.8)
-    run.set_title(f"{HORIZON} hours free-running, the run of median error")
+    shown = np.arange(hours[0] - DAY, hours[-1] + 1)  # the day before the run, too
+    plot_hours(run, hours, {name: results.free_run[name][typical] for name in results.free_run})
+    plot_hours(run, shown, {"measured": data.demand[shown]})
+    run.axvline(data.hours[results.starts[typical]], color="0.3", lw=0.8)
+    run.set_title(f"{HORIZON} hours free-running from the vertical line (the run of median error)")
 
     for name, error in errors.items():
-        leads.plot(np.arange(1, HORIZON + 1), rmse(error, axis=0), **STYLE[name], label=name)
+        leads.plot(np.arange(1, HORIZON + 1), rmse(error, axis=0), **STYLE[name])
     leads.set(
         title=f"Error of all {len(by_run)} free runs, one from each midnight of the test part",
         xlabel="hours ahead", ylabel="RMSE in MW", xticks=range(0, HORIZON + 1, 6), ylim=(0, None),
     )  # fmt: skip
 
-    for axes in (losses, week, run, leads):
+    for axes in (losses, ahead, run, leads):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize="small", frameon=False)
+    handles = [Line2D([], [], **style, label=name) for name, style in STYLE.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.savefig(output, dpi=120)
 
 
@@ -385,7 +388,7 @@ def parse_args() -> argparse.Namespace:
         "--device", choices=["cpu", "cuda"], default="cpu", help="where both models run"
     )
     parser.add_argument(
-        "--threads", type=positive, help="CPU threads for both models (None: torch's own choice)"
+        "--threads", type=positive, help="CPU threads for both models (default: as torch chooses)"
     )
     parser.add_argument(
         "--output", type=Path, default=Path("forecast.png"), help="the picture to write"

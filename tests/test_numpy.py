@@ -319,6 +319,13 @@ def padded(a):
     return big[..., :-3]
 
 
+def in_records(a):
+    """Rows of a structured array: their strides are no multiple of the item size."""
+    records = np.zeros(a.shape[:-1], [("tag", np.uint8), ("row", a.dtype, a.shape[-1:])])
+    records["row"] = a
+    return records["row"]
+
+
 def turned_round(a):
     """Every stride negative."""
     flips = (slice(None, None, -1),) * a.ndim
@@ -337,6 +344,7 @@ LAYOUTS = {
     "swapped_axes": swapped_axes,
     "read_only": read_only,
     "unaligned": unaligned,
+    "records": in_records,
 }
 every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 
