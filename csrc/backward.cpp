@@ -60,9 +60,11 @@ struct Right {
   }
 };
 
-// Depth of one pass of a weight-gradient product: its panel stays in L1 and L2, and the partial
-// sums are added in pieces, which rounds better than one long chain.
+// A weight-gradient product goes in passes of kDepth rows of dz, whose partial sums round better
+// than one long chain, and in strips of kStrip gate rows: a transposed strip stays in L2 while all
+// the panels of x and h go by.
 constexpr int64_t kDepth = 256;
+constexpr int64_t kStrip = 192;
 
 template <class T>
 bool run(const Backward<T>& in, const Plan& plan, const Kernels<T>& kernel) {
@@ -92,7 +94,7 @@ bool run(const Backward<T>& in, const Plan& plan, const Kernels<T>& kernel) {
   const int64_t dz_place =
       workspace.reserve<T>((plan.block + (plan.block < steps)) * batch * gates);
   const bool weights = in.dw_ih || in.dw_hh;
-  const int64_t dz_t_place = workspace.reserve<T>(weights ? gates * block_rows : 0);
+  const int64_t strips_place = workspace.reserve<T>(weights ? threads * kStrip * kDepth : 0);
   const int64_t zeros_place = workspace.reserve<T>(in.h0 && in.c0 ? 0 : hidden);
   workspace.allocate();
   // A missing state is one row of zeros, for every row of the batch.
@@ -107,7 +109,7 @@ bool run(const Backward<T>& in, const Plan& plan, const Kernels<T>& kernel) {
   const Panels<T> x_panels = x_shape.packed(workspace.at<T>(x_place), block_rows);
   const Panels<T> h_panels = h_shape.packed(workspace.at<T>(h_place), block_rows);
   const Rows<T> dz{workspace.at<T>(dz_place), batch * gates, gates, batch};
-  T* const dz_t = workspace.at<T>(dz_t_place);
+  T* const strips = workspace.at<T>(strips_place);
 
   Barrier all;
   std::vector<Barrier> row_group(size_t(plan.row_groups));
@@ -117,6 +119,7 @@ bool run(const Backward<T>& in, const Plan& plan, const Kernels<T>& kernel) {
     const auto [n0, n1] = share(batch, plan.row_groups, group);
     const auto [p0, p1] = share(w_hh.shape.count, plan.panel_groups, member);
     const auto [m0, m1] = share(gates, threads, id);  // rows of the weight gradients
+    T* const strip = strips + id * kStrip * kDepth;
     const int64_t j0 = std::min(p0 * w_hh.shape.panel_row, hidden);
     const int64_t j1 = std::min(p1 * w_hh.shape.panel_row, hidden);
 
@@ -128,22 +131,21 @@ bool run(const Backward<T>& in, const Plan& plan, const Kernels<T>& kernel) {
     w_ih.pack(kernel, gates, plan.direct, threads, id);
     all.wait(threads);
 
-    // C rows m0..m1 of dz_t^T times packed rows of x or h, in passes of kDepth.
-    const auto accumulate = [&](T* dw, int64_t columns, const PanelShape& shape,
-                                const Panels<T>& right, int64_t rows, bool first) {
-      for (int64_t k = 0; k < rows; k += kDepth) {
-        Product<T> product;
-        product.a = {dz_t + m0 * block_rows + k, block_rows, 0, 1};
-        product.depth = std::min(kDepth, rows - k);
-        product.b = right;
-        product.b.data += k * right.row_step;
-        product.b.tail += k * right.tail_row_step;
-        product.c = {dw + m0 * columns, columns, 0, 1};
-        product.columns = {columns, false};
-        product.start = nullptr;
-        product.accumulate = !first || k > 0;
-        kernel.product(product, 0, m1 - m0, 0, shape.count);
-      }
+    // dw rows m.. += strip times rows k.. of packed x or h.
+    const auto accumulate = [&](T* dw, int64_t columns, const PanelShape& shape, Panels<T> right,
+                                int64_t m, int64_t count, int64_t k, int64_t depth, bool first) {
+      if (!dw) return;
+      Product<T> product;
+      product.a = {strip, kDepth, 0, 1};
+      product.depth = depth;
+      right.data += k * right.row_step;
+      right.tail += k * right.tail_row_step;
+      product.b = right;
+      product.c = {dw + m * columns, columns, 0, 1};
+      product.columns = {columns, false};
+      product.start = nullptr;
+      product.accumulate = !first;
+      kernel.product(product, 0, count, 0, shape.count);
     };
     // C = dz W for batch rows n0..n1 at `count` times, the panels cut among the row group.
     const auto through = [&](const Right<T>& right, Rows<T> to, int64_t count) {
@@ -196,9 +198,17 @@ bool run(const Backward<T>& in, const Plan& plan, const Kernels<T>& kernel) {
         }
       }
       all.wait(threads);  // dz of the whole batch is there
-      if (weights) kernel.transpose(dz, rows, m0, m1, dz_t + m0 * block_rows, block_rows);
-      if (in.dw_ih) accumulate(in.dw_ih, input, x_shape, x_panels, rows, last);
-      if (in.dw_hh) accumulate(in.dw_hh, hidden, h_shape, h_panels, rows, last);
+      for (int64_t k = 0; weights && k < rows; k += kDepth) {
+        const int64_t depth = std::min(kDepth, rows - k);
+        for (int64_t m = m0; m < m1; m += kStrip) {
+          const int64_t count = std::min(kStrip, m1 - m);
+          const Rows<const T> from{dz.data + k * gates, gates, gates, 1};
+          kernel.transpose(from, depth, m, m + count, strip, kDepth);
+          const bool first = last && k == 0;
+          accumulate(in.dw_ih, input, x_shape, x_panels, m, count, k, depth, first);
+          accumulate(in.dw_hh, hidden, h_shape, h_panels, m, count, k, depth, first);
+        }
+      }
       if (in.db) kernel.sum_rows(dz, rows, m0, m1, in.db, !last);
       if (s0 > 0)
         for (int64_t n = n0; n < n1; ++n)

@@ -23,7 +23,7 @@ import torch
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -313,14 +313,16 @@ def draw(trainees: list[Trainee], results: Results, data: Data, output: Path) ->
 
     for t in trainees:
         epochs = np.arange(1, len(t.train_loss) + 1)
-        losses.plot(epochs, t.train_loss, **STYLE[t.name])
-        losses.plot(epochs, t.validation_loss, **STYLE[t.name])
-    for curve, name in (t.train_loss, "training"), (t.validation_loss, "validation"):
+        losses.plot(epochs, t.train_loss, **STYLE[t.name], marker=".")
+        losses.plot(epochs, t.validation_loss, **STYLE[t.name], marker=".")
+    for curve, name, above in (t.train_loss, "training", -14), (t.validation_loss, "validation", 8):
         losses.annotate(
-            name, (epochs[-1], curve[-1]), xytext=(0, 8), textcoords="offset points", ha="right"
+            name, (epochs[-1], curve[-1]), (0, above), textcoords="offset points", ha="right"
         )
-    losses.set(title="Loss curves", xlabel="epoch", ylabel="MSE of the scaled demand, log scale")
-    losses.set_yscale("log")
+    losses.set(title="Loss curves", xlabel="epoch", ylabel="MSE of the scaled demand", yscale="log")
+    losses.margins(y=0.12)
+    losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    losses.yaxis.set_major_formatter("{x:g}")
     losses.yaxis.set_minor_formatter(NullFormatter())
     losses.xaxis.get_major_locator().set_params(integer=True)
 

@@ -973,7 +973,7 @@ def test_autocast(cell, dtype):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
-@pytest.mark.parametrize("name", ["grad", "jacrev", "jacfwd", "hessian", "vmap", "jvp"])
+@pytest.mark.parametrize("name", ["grad", "jacrev", "jacfwd", "hessian", "vmap", "jvp", "dual"])
 @every_dtype
 def test_transforms(name, cell, dtype):
     """torch.func: nn.LSTM's own result where it has one; where it fails, ours may do more."""
@@ -986,6 +986,10 @@ def test_transforms(name, cell, dtype):
 
         if name == "vmap":
             return torch.func.vmap(lambda x: flatten(module(x))[0])(torch.stack((x, 2 * x)))
+        if name == "dual":
+            with torch.autograd.forward_ad.dual_level():
+                dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+                return tuple(torch.autograd.forward_ad.unpack_dual(f(dual)))
         if name == "jvp":
             return torch.func.jvp(f, (x,), (torch.ones_like(x),))
         return getattr(torch.func, name)(f)(x)
