@@ -14,6 +14,7 @@ import copy
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import fastlstm.nn
@@ -92,11 +93,18 @@ def load(device: str) -> Data:
     known_ahead = np.stack([week_ago, np.sin(angle), np.cos(angle), day_off], axis=1)
 
     features = np.concatenate([scaled[:-1, None], known_ahead[1:]], axis=1)
-    as_tensor = lambda a: torch.tensor(a, dtype=torch.float32, device=device)  # noqa: E731
+    as_tensor = partial(torch.tensor, dtype=torch.float32, device=device)
     return Data(
-        hours, demand, mean, std, as_tensor(features), as_tensor(scaled[1:]),
-        train, validation, test,
-    )  # fmt: skip
+        hours=hours,
+        demand=demand,
+        mean=mean,
+        std=std,
+        features=as_tensor(features),
+        targets=as_tensor(scaled[1:]),
+        train=train,
+        validation=validation,
+        test=test,
+    )
 
 
 # --- model and training -------------------------------------------------------------------------
@@ -329,7 +337,7 @@ def draw(trainees: list[Trainee], results: Results, data: Data, output: Path) ->
     def plot_hours(axes, hours: np.ndarray, forecasts: dict[str, np.ndarray]) -> None:
         for name, values in forecasts.items():
             axes.plot(data.hours[hours], values, **STYLE[name])
-        locator = AutoDateLocator(maxticks=8)
+        locator = AutoDateLocator(minticks=3, maxticks=8)
         axes.xaxis.set_major_locator(locator)
         axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
         axes.set(xlabel="market time (UTC+10)", ylabel="demand in MW")
@@ -390,7 +398,7 @@ def parse_args() -> argparse.Namespace:
         "--device", choices=["cpu", "cuda"], default="cpu", help="where both models run"
     )
     parser.add_argument(
-        "--threads", type=positive, help="CPU threads for both models (default: as torch chooses)"
+        "--threads", type=positive, default=torch.get_num_threads(), help="for both models"
     )
     parser.add_argument(
         "--output", type=Path, default=Path("forecast.png"), help="the picture to write"
@@ -405,8 +413,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads)
     data = load(args.device)
     longest = len(data.test) - HORIZON - 3 * WEEK
     if args.look_back > longest:
@@ -417,7 +424,7 @@ def main() -> None:
         torch.manual_seed(args.seed)
         model = Forecaster(lstm, data.features.shape[1], args.hidden).to(args.device)
         trainees.append(Trainee(name, model, data, args.look_back, args.epochs))
-    where = f"{torch.get_num_threads()} threads" if args.device == "cpu" else "cuda"
+    where = f"{args.threads} threads" if args.device == "cpu" else "cuda"
     print(
         f"{len(data.hours)} hours from {data.hours[0]:%Y-%m-%d} to {data.hours[-1]:%Y-%m-%d}; "
         f"windows of {args.look_back} hours, hidden size {args.hidden}, {where}"

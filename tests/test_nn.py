@@ -957,6 +957,21 @@ def test_meta_device(cell):
     assert flatten(result)[0].device.type == "meta"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
+def test_cuda_device(cell):
+    ours, theirs = (module.cuda() for module in pair(D, H, cell=cell))
+    x = (leaf(N, D) if cell else leaf(T, N, D)).detach().cuda()
+
+    def run(module):
+        result = module(x)
+        return [result, torch.autograd.grad(flatten(result)[0].sum(), list(module.parameters()))]
+
+    assert_close(run(ours), run(theirs))
+    with pytest.raises(RuntimeError):
+        ours(x.cpu())
+
+
 @pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(cell, dtype):

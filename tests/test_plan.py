@@ -54,7 +54,7 @@ def test_one_thread_is_never_split(**args):
     ],
     ids=lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else v,
 )
-def test_the_obvious_cases(sizes, split, backward):
+def test_the_obvious_cases(isa, sizes, split, backward):
     plan = _core.plan(*sizes, 2, 4, backward)
     expected = {"serial": (1, 1), "rows": (2, 1), "panels": (1, 2)}[split]
     assert (plan["row_groups"], plan["panel_groups"]) == expected

@@ -13,6 +13,9 @@ import pytest
 from fastlstm import _core
 from helpers import assert_all_same_bits, make_problem, run_kernels, run_python, stdout_of
 
+needs_openmp = pytest.mark.skipif(
+    _core.openmp.startswith("none"), reason="built without OpenMP, so there is one thread"
+)
 THREADS = (1, 2, 3, 4, 7)
 # (T, N, D, H); test_the_sizes_reach_every_plan says why these.
 SIZES = [
@@ -73,6 +76,7 @@ def test_set_and_get():
         assert fastlstm.get_num_threads() == n
 
 
+@needs_openmp
 @pytest.mark.parametrize("n", [1, 3])
 def test_default_is_omp_num_threads(n):
     code = "import fastlstm; print(fastlstm.get_num_threads())"
@@ -97,6 +101,7 @@ print(running() - before + 1)
 """
 
 
+@needs_openmp
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_no_more_threads_run_than_were_asked_for(n):
