@@ -63,8 +63,8 @@ struct Right {
 // A weight-gradient product goes in passes of kDepth rows of dz, whose partial sums round better
 // than one long chain, and in strips of kStrip gate rows: a transposed strip stays in L2 while all
 // the panels of x and h go by.
-constexpr int64_t kDepth = 256;
-constexpr int64_t kStrip = 192;
+constexpr int64_t kDepth = 512;
+constexpr int64_t kStrip = 96;
 
 template <class T>
 bool run(const Backward<T>& in, const Plan& plan, const Kernels<T>& kernel) {

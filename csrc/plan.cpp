@@ -15,8 +15,11 @@ constexpr double kFarBytesPerCycle = 8;    // from L3 or memory
 constexpr double kCellCycles = 100;        // gates, c and h of one vector of units
 constexpr int64_t kDirectRows = 8;         // T * N up to which packing the weights does not pay
 constexpr int64_t kInputInStep = 8;        // D up to which the input product belongs in the step
-constexpr double kForwardBlockBytes = 256 << 10;  // input product held between its two uses
-constexpr int64_t kBackwardBlockRows = 256;       // depth of one weight-gradient product
+// Rows of one input product: so many that the pass over its weights pays, so few that z stays near.
+constexpr int64_t kForwardBlockRows = 256;
+constexpr int64_t kForwardBlockRowsFar = 512;  // weights that come from L3 or memory
+constexpr double kFarWeightsBytes = 2 << 20;
+constexpr int64_t kBackwardBlockRows = 512;  // depth of one weight-gradient product
 
 // The work of one time step: a product of depth `depth` into `panels` panels for every batch row,
 // and `spread` cycles of other products that split over any threads.
@@ -62,9 +65,9 @@ Plan plan_forward(const Sizes& s, const Machine& m, int threads) {
   plan.direct = few_rows(s);
   plan.input_in_step = plan.direct || s.input <= kInputInStep;
   choose_grid(s, m, {double(s.hidden + s.input), ceil_div(s.hidden, m.lanes), 0}, threads, &plan);
-  const double step_bytes =
-      4 * double(s.hidden) * double(m.element) * double(std::max<int64_t>(1, s.batch));
-  plan.block = std::clamp<int64_t>(int64_t(kForwardBlockBytes / step_bytes), 1, s.steps);
+  const double weights = 4 * double(s.hidden) * double(s.input) * double(m.element);
+  const int64_t rows = weights > kFarWeightsBytes ? kForwardBlockRowsFar : kForwardBlockRows;
+  plan.block = std::clamp<int64_t>(rows / std::max<int64_t>(1, s.batch), 1, s.steps);
   return plan;
 }
 

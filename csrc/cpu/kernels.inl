@@ -198,9 +198,9 @@ void product(const Product<T>& in, int64_t m0, int64_t m1, int64_t p0, int64_t p
               if (in.start) start = load(in.start + first + v * vector_step, width[v]);
               for (int r = 0; r < M; ++r) acc[r][v] = start;
             }
-            if (in.accumulate)  // C comes from afar; ask for it before it is needed
-              for (int r = 0; r < M; ++r)
-                for (int v = 0; v < V; ++v) __builtin_prefetch(c[r] + v * vector_step, 1, 3);
+            // C comes from afar; ask for it before it is needed.
+            for (int r = 0; r < M; ++r)
+              for (int v = 0; v < V; ++v) __builtin_prefetch(c[r] + v * vector_step, 1, 3);
             multiply<T, M, V>(a, in.depth, b, step, next_part(next, m - m0, in.depth), acc);
             if (whole) {
               for (int r = 0; r < M; ++r)
