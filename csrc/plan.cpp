@@ -16,7 +16,7 @@ constexpr double kCellCycles = 100;        // gates, c and h of one vector of un
 constexpr int64_t kDirectRows = 8;         // T * N up to which packing the weights does not pay
 constexpr int64_t kInputInStep = 8;        // D up to which the input product belongs in the step
 // Rows of one input product: so many that the pass over its weights pays, so few that z stays near.
-constexpr int64_t kForwardBlockRows = 256;
+constexpr int64_t kForwardBlockRows = 128;
 constexpr int64_t kForwardBlockRowsFar = 512;  // weights that come from L3 or memory
 constexpr double kFarWeightsBytes = 2 << 20;
 constexpr int64_t kBackwardBlockRows = 512;  // depth of one weight-gradient product
