@@ -234,7 +234,7 @@ void backward(const Backward<T>& args, int threads) {
     return;
   }
   const Kernels<T>& kernel = kernels<T>();
-  const Machine machine{kernel.lanes, kernel.rows, sizeof(T)};
+  const Machine machine{kernel.lanes, sizeof(T)};
   if (!run(args, plan_backward(args.sizes, machine, threads), kernel))
     run(args, plan_backward(args.sizes, machine, 1), kernel);
 }

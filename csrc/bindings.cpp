@@ -109,7 +109,7 @@ void run_backward(int itemsize, int threads, int64_t T, int64_t N, int64_t D, in
 Machine machine(int itemsize) {
   return with_type(itemsize, [&](auto* type) {
     const auto& kernel = kernels<std::remove_pointer_t<decltype(type)>>();
-    return Machine{kernel.lanes, kernel.rows, itemsize};
+    return Machine{kernel.lanes, itemsize};
   });
 }
 

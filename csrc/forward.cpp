@@ -119,7 +119,7 @@ template <class T>
 void forward(const Forward<T>& args, int threads) {
   if (args.sizes.batch == 0) return;
   const Kernels<T>& kernel = kernels<T>();
-  const Machine machine{kernel.lanes, kernel.rows, sizeof(T)};
+  const Machine machine{kernel.lanes, sizeof(T)};
   if (!run(args, plan_forward(args.sizes, machine, threads), kernel))
     run(args, plan_forward(args.sizes, machine, 1), kernel);
 }

@@ -22,11 +22,9 @@ struct Plan {
   int threads() const { return row_groups * panel_groups; }
 };
 
-// `lanes` and `rows` are those of Kernels<T>; `width` is the units of a panel; `element` is
-// sizeof(T).
+// What a plan knows of the machine: `lanes` of Kernels<T>, and sizeof(T).
 struct Machine {
   int64_t lanes;
-  int64_t rows;
   int64_t element;
 };
 

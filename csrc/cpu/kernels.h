@@ -84,7 +84,6 @@ enum class Function { exp, sigmoid, tanh };
 template <class T>
 struct Kernels {
   int64_t lanes;  // VL
-  int64_t rows;   // the most rows of A in a tile
 
   // Panels p0 <= p < p1 of W (4H, K) as B = W^T with the gates interleaved: [p][k][gate][VL],
   // zeros beyond H.

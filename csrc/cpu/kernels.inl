@@ -445,9 +445,9 @@ double fma_loop(int64_t count) {
 
 template <class T>
 constexpr Kernels<T> table() {
-  return {lanes<T>(),  kTileRows,  pack_gates<T>,   pack_rows<T>,           transpose<T>,
-          sum_rows<T>, product<T>, step_forward<T>, step_forward_direct<T>, step_backward<T>,
-          map<T>,      fma_loop<T>};
+  return {lanes<T>(),       pack_gates<T>, pack_rows<T>,    transpose<T>,
+          sum_rows<T>,      product<T>,    step_forward<T>, step_forward_direct<T>,
+          step_backward<T>, map<T>,        fma_loop<T>};
 }
 
 }  // namespace
