@@ -18,7 +18,7 @@ constexpr int64_t kInputInStep = 8;        // D up to which the input product be
 // Rows of one input product: so many that the pass over its weights pays, so few that z stays near.
 constexpr int64_t kForwardBlockRows = 128;
 constexpr int64_t kForwardBlockRowsFar = 512;  // weights that come from L3 or memory
-constexpr double kFarWeightsBytes = 2 << 20;
+constexpr double kFarWeightsBytes = 3 << 19;
 constexpr int64_t kBackwardBlockRows = 512;  // depth of one weight-gradient product
 
 // The work of one time step: a product of depth `depth` into `panels` panels for every batch row,
