@@ -10,8 +10,8 @@ template <class T>
 struct Exp;
 template <>
 struct Exp<float> {
-  static constexpr float kBiased = 0x1.8p23f + 127;  // see Reduced
-  static constexpr int kMantissa = 23;
+  static constexpr float kRound = 0x1.8p23f;  // adding it leaves the integer in the lowest bits
+  static constexpr int kMantissa = 23, kBias = 127;
   static constexpr float kLog2e = 0x1.715476p0f;
   static constexpr float kLn2Hi = 0x1.63p-1f;  // few bits, so that n * kLn2Hi is exact
   static constexpr float kLn2Lo = -0x1.bd0106p-13f;
@@ -21,13 +21,11 @@ struct Exp<float> {
   static constexpr float kTanhOne = 10.0f;     // tanh rounds to 1 above
   static constexpr float q[] = {0x1.fffffep-2f, 0x1.5554bp-3f, 0x1.555674p-5f, 0x1.1227bp-7f,
                                 0x1.6bebfep-10f};
-  static constexpr float tanh[] = {-0x1.555554p-2f, 0x1.110feap-3f, -0x1.b99feep-5f, 0x1.5d1deap-6f,
-                                   -0x1.b11612p-8f};
 };
 template <>
 struct Exp<double> {
-  static constexpr double kBiased = 0x1.8p52 + 1023;
-  static constexpr int kMantissa = 52;
+  static constexpr double kRound = 0x1.8p52;
+  static constexpr int kMantissa = 52, kBias = 1023;
   static constexpr double kLog2e = 0x1.71547652b82fep0;
   static constexpr double kLn2Hi = 0x1.62e4p-1;
   static constexpr double kLn2Lo = 0x1.7f7d1cf79abcap-20;
@@ -46,23 +44,7 @@ struct Exp<double> {
                                  0x1.27e4db57442fbp-22,
                                  0x1.af4e196027428p-26,
                                  0x1.1f731ea5352cap-29};
-  static constexpr double tanh[] = {
-      -0x1.5555555555555p-2,  0x1.1111111111109p-3,  -0x1.ba1ba1ba1a705p-5,  0x1.664f48822d60dp-6,
-      -0x1.226e353973fdep-7,  0x1.d6d3c5ee500bfp-9,  -0x1.7da25c3bd077bp-10, 0x1.3547ad42a2cc7p-11,
-      -0x1.f41bde30ad0c5p-13, 0x1.8c8d808d1d698p-14, -0x1.1accbc7e7ff2p-15,  0x1.0809ea9dc2203p-17};
 };
-
-// exp(x) = 2^n (1 + expm1). n comes as biased = kBiased + n, a sum so large that it rounds n to an
-// integer and leaves n + the exponent bias in its lowest bits: one shift from there to 2^n.
-template <class T>
-struct Reduced {
-  Vec<T> biased;
-  Vec<T> expm1;
-};
-template <class T>
-FASTLSTM_INLINE Vec<T> exp2_biased(Vec<T> biased) {
-  return (Vec<T>)((Bits<T>)biased << Exp<T>::kMantissa);
-}
 
 // c[0] + c[1] x + c[2] x^2 + ...
 template <class T, int N>
@@ -73,49 +55,54 @@ FASTLSTM_INLINE Vec<T> polynomial(Vec<T> x, const T (&c)[N]) {
   return sum;
 }
 
+// exp(x) = 2^n (1 + expm1). n is rounded by a sum so large that n plus the exponent's bias stand in
+// its lowest bits: one shift from there to scale = 2^(n - Shift).
 template <class T>
+struct Reduced {
+  Vec<T> n;
+  Vec<T> scale;
+  Vec<T> expm1;
+};
+template <class T, int Shift = 0>
 FASTLSTM_INLINE Reduced<T> reduce(Vec<T> x) {
   using E = Exp<T>;
-  const Vec<T> biased = fma(x, broadcast(E::kLog2e), broadcast(E::kBiased));
-  const Vec<T> n = biased - broadcast(E::kBiased);
+  const Vec<T> round = broadcast(E::kRound + (E::kBias - Shift));
+  const Vec<T> biased = fma(x, broadcast(E::kLog2e), round);
+  const Vec<T> n = biased - round;
   Vec<T> r = fma(n, broadcast(-E::kLn2Hi), x);
   r = fma(n, broadcast(-E::kLn2Lo), r);
-  return {biased, fma(r * r, polynomial<T>(r, E::q), r)};
+  const Vec<T> scale = (Vec<T>)((Bits<T>)biased << E::kMantissa);
+  return {n, scale, fma(r * r, polynomial<T>(r, E::q), r)};
 }
 
-// max error 2 ULP
+// max error 2 ULP in float32, 3 in float64
 template <class T>
 FASTLSTM_INLINE Vec<T> exp(Vec<T> x) {
   x = at_least(at_most(x, broadcast(Exp<T>::kHighest)), broadcast(Exp<T>::kLowest));
   const Reduced<T> e = reduce<T>(x);
-  return ldexp(e.expm1 + T(1), e.biased - broadcast(Exp<T>::kBiased));
+  return ldexp(e.expm1 + T(1), e.n);
 }
 
-// 1 / (1 + exp(-x)), max error 2 ULP. Where exp(-x) would overflow, a power of two moves into the
-// numerator, so the quotient is right down to the last denormal.
+// 1 / (1 + exp(-x)), max error 2 ULP in float32, 3 in float64. Both sides of the quotient are scaled by a power of two, so
+// that exp(-x) does not overflow and the result is right down to the last denormal.
 template <class T>
 FASTLSTM_INLINE Vec<T> sigmoid(Vec<T> x) {
+  constexpr int kShift = Exp<T>::kMantissa + 1;
+  const Vec<T> one = broadcast(T(1) / T(int64_t(1) << kShift));
   x = at_least(at_most(x, broadcast(Exp<T>::kSigmoidOne)), broadcast(Exp<T>::kLowest));
-  const Reduced<T> e = reduce<T>(-x);
-  const Vec<T> kept = at_most(e.biased, broadcast(Exp<T>::kBiased + 100));
-  const Vec<T> scale = exp2_biased<T>(kept);
+  const Reduced<T> e = reduce<T, kShift>(-x);
   // 1 + scale (1 + expm1), rounded once where 1 + scale is exact and as good as once elsewhere.
-  const Vec<T> high = scale + T(1), low = (scale - high) + T(1);
-  const Vec<T> denominator = high + fma(scale, e.expm1, low);
-  return exp2_biased<T>(kept - e.biased + Exp<T>::kBiased) / denominator;
+  const Vec<T> high = e.scale + one, low = (e.scale - high) + one;
+  return one / (high + fma(e.scale, e.expm1, low));
 }
 
-// max error 2 ULP. |x| < 0.55: x + x^3 t(x^2), t the Chebyshev fit; beyond: 1 - 2 / (1 +
-// exp(2|x|)).
+// (1 - exp(-2|x|)) / (1 + exp(-2|x|)), max error 2 ULP in float32, 3 in float64
 template <class T>
 FASTLSTM_INLINE Vec<T> tanh(Vec<T> x) {
   const Bits<T> sign = (Bits<T>)x & (Bits<T>)broadcast(T(-0.0));
-  const Vec<T> abs = (Vec<T>)((Bits<T>)x ^ sign);
-  const Vec<T> square = abs * abs;
-  const Vec<T> small = fma(abs * square, polynomial<T>(square, Exp<T>::tanh), abs);
-  const Vec<T> bounded = at_most(abs, broadcast(Exp<T>::kTanhOne));
-  const Reduced<T> e = reduce<T>(bounded + bounded);
-  const Vec<T> scale = exp2_biased<T>(e.biased);
-  const Vec<T> large = T(1) - T(2) / fma(scale, e.expm1, scale + T(1));
-  return (Vec<T>)((Bits<T>)(abs < T(0.55) ? small : large) | sign);
+  const Vec<T> abs = at_most((Vec<T>)((Bits<T>)x ^ sign), broadcast(Exp<T>::kTanhOne));
+  const Reduced<T> e = reduce<T>(-(abs + abs));
+  const Vec<T> part = fma(-e.scale, e.expm1, T(1) - e.scale);
+  const Vec<T> whole = fma(e.scale, e.expm1, T(1) + e.scale);
+  return (Vec<T>)((Bits<T>)(part / whole) | sign);
 }
