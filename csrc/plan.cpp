@@ -14,11 +14,13 @@ constexpr double kNearBytesPerCycle = 32;  // from L2
 constexpr double kFarBytesPerCycle = 8;    // from L3 or memory
 constexpr double kCellCycles = 100;        // gates, c and h of one vector of units
 constexpr int64_t kDirectRows = 8;         // T * N up to which packing the weights does not pay
-constexpr int64_t kInputInStep = 8;        // D up to which the input product belongs in the step
-// Rows of one input product: so many that the pass over its weights pays, so few that z stays near.
+// The input product belongs in the step, unless so few batch rows share the weights that many times
+// at once use them better, and the input is not short either.
+constexpr int64_t kBatchInStep = 4;
+constexpr int64_t kInputInStep = 8;
+// Rows of one input product over time: so many that the pass over its weights pays, so few that z
+// stays near.
 constexpr int64_t kForwardBlockRows = 128;
-constexpr int64_t kForwardBlockRowsFar = 512;  // weights that come from L3 or memory
-constexpr double kFarWeightsBytes = 3 << 19;
 constexpr int64_t kBackwardBlockRows = 512;  // depth of one weight-gradient product
 
 // The work of one time step: a product of depth `depth` into `panels` panels for every batch row,
@@ -63,11 +65,9 @@ bool few_rows(const Sizes& s) { return double(s.steps) * double(s.batch) <= kDir
 Plan plan_forward(const Sizes& s, const Machine& m, int threads) {
   Plan plan;
   plan.direct = few_rows(s);
-  plan.input_in_step = plan.direct || s.input <= kInputInStep;
+  plan.input_in_step = plan.direct || s.batch >= kBatchInStep || s.input <= kInputInStep;
   choose_grid(s, m, {double(s.hidden + s.input), ceil_div(s.hidden, m.lanes), 0}, threads, &plan);
-  const double weights = 4 * double(s.hidden) * double(s.input) * double(m.element);
-  const int64_t rows = weights > kFarWeightsBytes ? kForwardBlockRowsFar : kForwardBlockRows;
-  plan.block = std::clamp<int64_t>(rows / std::max<int64_t>(1, s.batch), 1, s.steps);
+  plan.block = std::clamp<int64_t>(kForwardBlockRows / std::max<int64_t>(1, s.batch), 1, s.steps);
   return plan;
 }
 

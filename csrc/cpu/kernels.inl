@@ -42,7 +42,7 @@ FASTLSTM_INLINE void for_tiles(int64_t m0, int64_t m1, F&& f) {
 // Panels that leave L2 between two steps come from afar. Each tile of a panel brings in one part of
 // the next panel; after the last panel that is the first, for the next step.
 template <class T>
-constexpr int64_t kPrefetched = 64 / int64_t(sizeof(T)) / 4;  // elements per k
+constexpr int64_t kPrefetched = 64 / int64_t(sizeof(T)) / 2;  // elements per k
 template <class T>
 FASTLSTM_INLINE const T* next_part(const T* next, int64_t row, int64_t depth) {
   return next + row / kTileRows * depth * kPrefetched<T>;
@@ -52,14 +52,14 @@ FASTLSTM_INLINE const T* next_part(const T* next, int64_t row, int64_t depth) {
 
 // acc[m][v] += sum_k a[m][k] * b[k * step + v * VL ...], k in order.
 // The broadcasts are held and the panel's vectors come one at a time: that order fits the register
-// file exactly; the other one spills. `ahead` is memory to bring into L2 alongside, a quarter of a
-// cache line for each k: see next_part.
+// file exactly; the other one spills. `ahead` is memory to bring into L2 alongside, half a cache
+// line for each k: see next_part.
 template <class T, int M, int V>
 FASTLSTM_INLINE void multiply(const T* const (&a)[M], int64_t depth, const T* b, int64_t step,
                               const T* ahead, Vec<T> (&acc)[M][V]) {
 #pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k) {
-    if (k % 4 == 0) __builtin_prefetch(ahead + k * kPrefetched<T>, 0, 2);
+    if (k % 2 == 0) __builtin_prefetch(ahead + k * kPrefetched<T>, 0, 2);
     Vec<T> row[M];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) row[m] = broadcast(a[m][k]);
@@ -280,23 +280,23 @@ void step_forward(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p0, 
   const int64_t H = in.hidden;
   for (int64_t p = p0; p < p1; ++p) {
     const int64_t unit = p * VL;
-    const T* next = in.w_hh + (p + 1 < p1 ? p + 1 : p0) * H * row;
+    const int64_t next = p + 1 < p1 ? p + 1 : p0;
     with_lanes<T>(H - unit, [&](auto part) {
       for_tiles(n0, n1, [&](int64_t n, auto rows) {
         constexpr int M = decltype(rows)::value;
-        const T* a[M];
         Vec<T> z[M][4];
         for (int r = 0; r < M; ++r) {
           const T* start = in.start.at(0, n + r) + unit;
           for (int gate = 0; gate < 4; ++gate) z[r][gate] = part.get(start + gate * H);
         }
-        if (in.input > 0) {
-          for (int r = 0; r < M; ++r) a[r] = in.x.at(0, n + r);
-          const T* w = in.w_ih + p * in.input * row;
-          multiply<T, M, 4>(a, in.input, w, row, w, z);
-        }
-        for (int r = 0; r < M; ++r) a[r] = in.h_prev.at(0, n + r);
-        multiply<T, M, 4>(a, H, in.w_hh + p * H * row, row, next_part(next, n - n0, H), z);
+        const auto add = [&](Rows<const T> from, int64_t depth, const T* w) {
+          const T* a[M];
+          for (int r = 0; r < M; ++r) a[r] = from.at(0, n + r);
+          const T* ahead = next_part(w + next * depth * row, n - n0, depth);
+          multiply<T, M, 4>(a, depth, w + p * depth * row, row, ahead, z);
+        };
+        add(in.x, in.input, in.w_ih);
+        add(in.h_prev, H, in.w_hh);
         for (int r = 0; r < M; ++r) cell_forward<T>(in, n + r, unit, z[r], part);
       });
     });

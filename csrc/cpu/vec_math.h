@@ -83,8 +83,9 @@ FASTLSTM_INLINE Vec<T> exp(Vec<T> x) {
   return ldexp(e.expm1 + T(1), e.n);
 }
 
-// 1 / (1 + exp(-x)), max error 2 ULP in float32, 3 in float64. Both sides of the quotient are scaled by a power of two, so
-// that exp(-x) does not overflow and the result is right down to the last denormal.
+// 1 / (1 + exp(-x)), max error 2 ULP in float32, 3 in float64. Both sides of the quotient are
+// scaled by a power of two, so that exp(-x) does not overflow and the result is right down to the
+// last denormal.
 template <class T>
 FASTLSTM_INLINE Vec<T> sigmoid(Vec<T> x) {
   constexpr int kShift = Exp<T>::kMantissa + 1;
