@@ -4,11 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/dispatch.h"
-#include "cpu/parallel.h"
-#include "cpu/workspace.h"
-#include "lstm.h"
-#include "plan.h"
+#include "passes.h"
 
 namespace fastlstm {
 namespace {
@@ -67,69 +63,80 @@ constexpr int64_t kDepth = 512;
 constexpr int64_t kStrip = 96;
 
 template <class T>
-bool run(const Backward<T>& in, const Plan& plan, const Kernels<T>& kernel) {
-  const auto [steps, batch, input, hidden] = in.sizes;
-  const int64_t lanes = kernel.lanes;
-  const int64_t gates = 4 * hidden;
-  const int threads = plan.threads();
-  const int64_t block_rows = plan.block * batch;
+class BackwardPass {
+ public:
+  BackwardPass(const Backward<T>& in, const Plan& plan, const Kernels<T>& kernel,
+               Workspace* workspace)
+      : in_(in),
+        plan_(plan),
+        kernel_(kernel),
+        state_(in.h0, in.c0, in.sizes, workspace),
+        w_hh_(in.layer.w_hh, 4 * in.sizes.hidden, in.sizes.hidden, kernel.lanes, plan.direct,
+              workspace),
+        w_ih_(in.layer.w_ih, 4 * in.sizes.hidden, in.dx.data ? in.sizes.input : 0, kernel.lanes,
+              plan.direct, workspace),
+        x_shape_(in.dw_ih ? in.sizes.input : 0, kernel.lanes),
+        h_shape_(in.dw_hh ? in.sizes.hidden : 0, kernel.lanes),
+        weights_(in.dw_ih || in.dw_hh),
+        row_group_(size_t(plan.row_groups)) {
+    const auto [steps, batch, input, hidden] = in.sizes;
+    x_place_ = workspace->reserve<T>(x_shape_.packed_size(plan.block * batch));
+    h_place_ = workspace->reserve<T>(h_shape_.packed_size(plan.block * batch));
+    // Where there are several blocks, slot `block` carries the dz of the step after the block.
+    dz_place_ = workspace->reserve<T>((plan.block + (plan.block < steps)) * batch * 4 * hidden);
+    strips_place_ = workspace->reserve<T>(weights_ ? plan.threads() * kStrip * kDepth : 0);
+  }
 
-  const auto in_order = [&](auto rows) { return in.layer.reverse ? rows.flipped(steps) : rows; };
-  const Rows<const T> x = in_order(in.x);
-  const Rows<const T> y = in_order(in.y);
-  const Rows<const T> kept_gates = in_order(Rows<const T>{in.gates, batch * gates, gates, batch});
-  const Rows<const T> kept_cells = in_order(Rows<const T>{in.cells, batch * hidden, hidden, batch});
-  const Rows<const T> grad_y = in_order(in.grad_y);
-  const Rows<T> dx = in_order(in.dx);
-  const Rows<const T> grad_h{in.grad_h, 0, hidden, batch};
-  const Rows<T> dc{in.dc0, 0, hidden, batch};
+  void bind(const Workspace& workspace) {
+    state_.bind(workspace);
+    w_hh_.bind(workspace, 4 * in_.sizes.hidden, plan_.direct);
+    w_ih_.bind(workspace, 4 * in_.sizes.hidden, plan_.direct);
+    x_ = workspace.at<T>(x_place_);
+    h_ = workspace.at<T>(h_place_);
+    dz_ = workspace.at<T>(dz_place_);
+    strips_ = workspace.at<T>(strips_place_);
+  }
 
-  Workspace workspace;
-  Right<T> w_hh(in.layer.w_hh, gates, hidden, lanes, plan.direct, &workspace);
-  Right<T> w_ih(in.layer.w_ih, gates, in.dx.data ? input : 0, lanes, plan.direct, &workspace);
-  const PanelShape x_shape(in.dw_ih ? input : 0, lanes), h_shape(in.dw_hh ? hidden : 0, lanes);
-  const int64_t x_place = workspace.reserve<T>(x_shape.packed_size(block_rows));
-  const int64_t h_place = workspace.reserve<T>(h_shape.packed_size(block_rows));
-  // Where there are several blocks, slot `block` carries the dz of the step after the block.
-  const int64_t dz_place =
-      workspace.reserve<T>((plan.block + (plan.block < steps)) * batch * gates);
-  const bool weights = in.dw_ih || in.dw_hh;
-  const int64_t strips_place = workspace.reserve<T>(weights ? threads * kStrip * kDepth : 0);
-  const int64_t zeros_place = workspace.reserve<T>(in.h0 && in.c0 ? 0 : hidden);
-  workspace.allocate();
-  // A missing state is one row of zeros, for every row of the batch.
-  T* const zeros = workspace.at<T>(zeros_place);
-  if (!in.h0 || !in.c0) std::fill_n(zeros, hidden, T(0));
-  const auto state = [&, rows = batch, width = hidden](const T* given) {
-    return given ? Rows<const T>{given, 0, width, rows} : Rows<const T>{zeros, 0, 0, rows};
-  };
-  const Rows<const T> h0 = state(in.h0), c0 = state(in.c0);
-  w_hh.bind(workspace, gates, plan.direct);
-  w_ih.bind(workspace, gates, plan.direct);
-  const Panels<T> x_panels = x_shape.packed(workspace.at<T>(x_place), block_rows);
-  const Panels<T> h_panels = h_shape.packed(workspace.at<T>(h_place), block_rows);
-  const Rows<T> dz{workspace.at<T>(dz_place), batch * gates, gates, batch};
-  T* const strips = workspace.at<T>(strips_place);
+  // The part of thread `id` of plan.threads().
+  void work(int id) {
+    const auto [steps, batch, input, hidden] = in_.sizes;
+    const Backward<T>& in = in_;
+    const Plan& plan = plan_;
+    const Kernels<T>& kernel = kernel_;
+    const int64_t gates = 4 * hidden;
+    const int threads = plan.threads();
 
-  Barrier all;
-  std::vector<Barrier> row_group(size_t(plan.row_groups));
+    const auto in_order = [&, count = steps](auto rows) {
+      return in.layer.reverse ? rows.flipped(count) : rows;
+    };
+    const Rows<const T> x = in_order(in.x);
+    const Rows<const T> y = in_order(in.y);
+    const Rows<const T> kept_gates = in_order(Rows<const T>{in.gates, batch * gates, gates, batch});
+    const Rows<const T> kept_cells =
+        in_order(Rows<const T>{in.cells, batch * hidden, hidden, batch});
+    const Rows<const T> grad_y = in_order(in.grad_y);
+    const Rows<T> dx = in_order(in.dx);
+    const Rows<const T> grad_h{in.grad_h, 0, hidden, batch};
+    const Rows<T> dc{in.dc0, 0, hidden, batch};
+    const Rows<T> dz{dz_, batch * gates, gates, batch};
+    const Panels<T> x_panels = x_shape_.packed(x_, plan.block * batch);
+    const Panels<T> h_panels = h_shape_.packed(h_, plan.block * batch);
 
-  return parallel(threads, [&](int id) {
     const int group = id / plan.panel_groups, member = id % plan.panel_groups;
     const auto [n0, n1] = share(batch, plan.row_groups, group);
-    const auto [p0, p1] = share(w_hh.shape.count, plan.panel_groups, member);
+    const auto [p0, p1] = share(w_hh_.shape.count, plan.panel_groups, member);
     const auto [m0, m1] = share(gates, threads, id);  // rows of the weight gradients
-    T* const strip = strips + id * kStrip * kDepth;
-    const int64_t j0 = std::min(p0 * w_hh.shape.panel_row, hidden);
-    const int64_t j1 = std::min(p1 * w_hh.shape.panel_row, hidden);
+    T* const strip = strips_ + id * kStrip * kDepth;
+    const int64_t j0 = std::min(p0 * w_hh_.shape.panel_row, hidden);
+    const int64_t j1 = std::min(p1 * w_hh_.shape.panel_row, hidden);
 
     for (int64_t n = n0; n < n1; ++n) {
       T* to = dc.at(0, n);
       for (int64_t j = j0; j < j1; ++j) to[j] = in.grad_c ? in.grad_c[n * hidden + j] : 0;
     }
-    w_hh.pack(kernel, gates, plan.direct, threads, id);
-    w_ih.pack(kernel, gates, plan.direct, threads, id);
-    all.wait(threads);
+    w_hh_.pack(kernel, gates, plan.direct, threads, id);
+    w_ih_.pack(kernel, gates, plan.direct, threads, id);
+    all_.wait(threads);
 
     // dw rows m.. += strip times rows k.. of packed x or h.
     const auto accumulate = [&](T* dw, int64_t columns, const PanelShape& shape, Panels<T> right,
@@ -167,46 +174,47 @@ bool run(const Backward<T>& in, const Plan& plan, const Kernels<T>& kernel) {
       const bool last = s1 == steps;
       for (int64_t s = s1 - 1; s >= s0; --s) {
         StepBackward<T> step;
+        step.step = s;
         step.hidden = hidden;
         step.grad_y = grad_y.data ? grad_y.block(s, 0, batch) : grad_y;
         step.grad_h = s == steps - 1 ? grad_h : Rows<const T>{};
         step.dz_next = s == steps - 1 ? Rows<const T>{}
                                       : dz.block(s == s1 - 1 ? plan.block : s - s0 + 1, 0, batch);
-        step.w_hh = w_hh.panels;
+        step.w_hh = w_hh_.panels;
         step.gates = kept_gates.block(s, 0, batch);
         step.c = kept_cells.block(s, 0, batch);
-        step.c_prev = s == 0 ? c0 : kept_cells.block(s - 1, 0, batch);
+        step.c_prev = s == 0 ? state_.c0() : kept_cells.block(s - 1, 0, batch);
         step.dc = dc;
         step.dz = dz.block(s - s0, 0, batch);
         kernel.step_backward(step, n0, n1, p0, p1);
-        row_group[size_t(group)].wait(plan.panel_groups);
+        row_group_[size_t(group)].wait(plan.panel_groups);
       }
-      if (in.dx.data) through(w_ih, dx.block(s0, n0, n1 - n0), count);
+      if (in.dx.data) through(w_ih_, dx.block(s0, n0, n1 - n0), count);
 
-      if (weights) {
+      if (weights_) {
         if (in.dw_ih) {
-          const auto [from, past] = share(x_shape.count, threads, id);
+          const auto [from, past] = share(x_shape_.count, threads, id);
           kernel.pack_rows(x.block(s0, 0, batch), 0, rows, input, from, past, x_panels);
         }
         if (in.dw_hh) {
-          const auto [from, past] = share(h_shape.count, threads, id);
+          const auto [from, past] = share(h_shape_.count, threads, id);
           const int64_t initial = s0 == 0 ? batch : 0;  // rows whose h_{t-1} is h0
-          kernel.pack_rows(h0, 0, initial, hidden, from, past, h_panels);
+          kernel.pack_rows(state_.h0(), 0, initial, hidden, from, past, h_panels);
           if (rows > initial)
             kernel.pack_rows(y.block(s0 == 0 ? 0 : s0 - 1, 0, batch), initial, rows - initial,
                              hidden, from, past, h_panels);
         }
       }
-      all.wait(threads);  // dz of the whole batch is there
-      for (int64_t k = 0; weights && k < rows; k += kDepth) {
+      all_.wait(threads);  // dz of the whole batch is there
+      for (int64_t k = 0; weights_ && k < rows; k += kDepth) {
         const int64_t depth = std::min(kDepth, rows - k);
         for (int64_t m = m0; m < m1; m += kStrip) {
           const int64_t count = std::min(kStrip, m1 - m);
           const Rows<const T> from{dz.data + k * gates, gates, gates, 1};
           kernel.transpose(from, depth, m, m + count, strip, kDepth);
           const bool first = last && k == 0;
-          accumulate(in.dw_ih, input, x_shape, x_panels, m, count, k, depth, first);
-          accumulate(in.dw_hh, hidden, h_shape, h_panels, m, count, k, depth, first);
+          accumulate(in.dw_ih, input, x_shape_, x_panels, m, count, k, depth, first);
+          accumulate(in.dw_hh, hidden, h_shape_, h_panels, m, count, k, depth, first);
         }
       }
       if (in.db) kernel.sum_rows(dz, rows, m0, m1, in.db, !last);
@@ -216,30 +224,47 @@ bool run(const Backward<T>& in, const Plan& plan, const Kernels<T>& kernel) {
             const T* from = dz.at(0, n) + gate * hidden;
             std::copy(from + j0, from + j1, dz.at(plan.block, n) + gate * hidden + j0);
           }
-      all.wait(threads);  // before the next block writes dz
+      all_.wait(threads);  // before the next block writes dz
     }
-    if (in.dh0) through(w_hh, Rows<T>{in.dh0, 0, hidden, batch}.block(0, n0, n1 - n0), 1);
-  });
-}
+    if (in.dh0) through(w_hh_, Rows<T>{in.dh0, 0, hidden, batch}.block(0, n0, n1 - n0), 1);
+  }
+
+ private:
+  const Backward<T> in_;
+  const Plan plan_;
+  const Kernels<T>& kernel_;
+  InitialState<T> state_;
+  Right<T> w_hh_, w_ih_;
+  const PanelShape x_shape_, h_shape_;
+  const bool weights_;  // a weight gradient is wanted
+  int64_t x_place_, h_place_, dz_place_, strips_place_;
+  T *x_, *h_, *dz_, *strips_;
+  Barrier all_;
+  std::vector<Barrier> row_group_;
+};
 
 }  // namespace
 
 template <class T>
-void backward(const Backward<T>& args, int threads) {
-  const auto [steps, batch, input, hidden] = args.sizes;
+void backward(const Backward<T>* directions, int count, int threads) {
+  const auto [steps, batch, input, hidden] = directions->sizes;
   if (batch == 0) {
-    if (args.dw_ih) std::fill_n(args.dw_ih, 4 * hidden * input, T(0));
-    if (args.dw_hh) std::fill_n(args.dw_hh, 4 * hidden * hidden, T(0));
-    if (args.db) std::fill_n(args.db, 4 * hidden, T(0));
+    for (int d = 0; d < count; ++d) {
+      const Backward<T>& in = directions[d];
+      if (in.dw_ih) std::fill_n(in.dw_ih, 4 * hidden * input, T(0));
+      if (in.dw_hh) std::fill_n(in.dw_hh, 4 * hidden * hidden, T(0));
+      if (in.db) std::fill_n(in.db, 4 * hidden, T(0));
+    }
     return;
   }
   const Kernels<T>& kernel = kernels<T>();
   const Machine machine{kernel.lanes, sizeof(T)};
-  if (!run(args, plan_backward(args.sizes, machine, threads), kernel))
-    run(args, plan_backward(args.sizes, machine, 1), kernel);
+  run_directions<BackwardPass<T>>(directions, count, threads, kernel, [&](int most) {
+    return plan_backward(directions->sizes, machine, most);
+  });
 }
 
-template void backward(const Backward<float>&, int);
-template void backward(const Backward<double>&, int);
+template void backward(const Backward<float>*, int, int);
+template void backward(const Backward<double>*, int, int);
 
 }  // namespace fastlstm

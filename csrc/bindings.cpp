@@ -4,9 +4,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <chrono>
 #include <stdexcept>
 
+#include "arrays.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
 #include "lstm.h"
@@ -16,38 +18,7 @@ namespace py = pybind11;
 
 namespace {
 
-// The memory of an argument: a NumPy array, an address (torch's data_ptr()), or None for null.
-struct Address {
-  void* data = nullptr;
-};
-
-}  // namespace
-
-namespace pybind11::detail {
-template <>
-struct type_caster<Address> {
-  PYBIND11_TYPE_CASTER(Address, const_name("numpy.ndarray | int | None"));
-  bool load(handle source, bool) {
-    if (source.is_none()) return true;
-    if (PyLong_Check(source.ptr())) {
-      value.data = PyLong_AsVoidPtr(source.ptr());
-      return !PyErr_Occurred();
-    }
-    if (!isinstance<array>(source)) return false;
-    value.data = array_proxy(source.ptr())->data;
-    return true;
-  }
-};
-}  // namespace pybind11::detail
-
-namespace {
-
 using namespace fastlstm;
-
-template <class T>
-T* as(Address address) {
-  return static_cast<T*>(address.data);
-}
 
 // f with a null pointer of the element type that `itemsize` names.
 template <class F>
@@ -55,55 +26,161 @@ auto with_type(int itemsize, F&& f) {
   return itemsize == 4 ? f(static_cast<float*>(nullptr)) : f(static_cast<double*>(nullptr));
 }
 
-void run_forward(int itemsize, int threads, int64_t T, int64_t N, int64_t D, int64_t H,
-                 bool reverse, Address w_ih, Address w_hh, Address b_ih, Address b_hh, Address x,
-                 int64_t x_t, int64_t x_n, Address h0, Address c0, Address y, int64_t y_t,
-                 int64_t y_n, Address h_n, Address c_n, Address gates, Address cells) {
+// Element `place` of an array, or null for none.
+template <class T>
+T* at(const Array& array, int64_t place) {
+  return array.data ? static_cast<T*>(array.data) + place : nullptr;
+}
+// Rows of a (T, N, columns) array from column `place` on.
+template <class T>
+Rows<T> rows(const Array& array, int64_t place = 0) {
+  return {at<T>(array, place), array.step[0], array.step[1], array.shape[1]};
+}
+
+using Arrays = std::vector<Array>;
+
+// Direction d of a layer whose weights stand one direction after the other.
+template <class T>
+Layer<T> layer(const Arrays& weights, int directions, int d, bool reverse) {
+  const size_t count = weights.size() / size_t(directions);
+  const Array* w = weights.data() + size_t(d) * count;
+  const bool biases = count == 4;
+  return {at<const T>(w[0], 0), at<const T>(w[1], 0), biases ? at<const T>(w[2], 0) : nullptr,
+          biases ? at<const T>(w[3], 0) : nullptr, reverse || d == 1};
+}
+
+void run_forward(Array x, Array h0, Array c0, const Arrays& weights, Array y, Array h_n, Array c_n,
+                 Array gates, Array cells, bool reverse, int threads) {
   py::gil_scoped_release release;
-  with_type(itemsize, [&](auto* type) {
+  with_type(y.itemsize, [&](auto* type) {
     using E = std::remove_pointer_t<decltype(type)>;
-    forward<E>({{T, N, D, H},
-                {as<E>(w_ih), as<E>(w_hh), as<E>(b_ih), as<E>(b_hh), reverse},
-                {as<E>(x), x_t, x_n, N},
-                as<E>(h0),
-                as<E>(c0),
-                {as<E>(y), y_t, y_n, N},
-                as<E>(h_n),
-                as<E>(c_n),
-                as<E>(gates),
-                as<E>(cells)},
-               threads);
+    const int64_t T = x.shape[0], N = x.shape[1], D = x.shape[2], H = h_n.shape[2];
+    const int directions = int(h_n.shape[0]);
+    Forward<E> passes[2];
+    for (int d = 0; d < directions; ++d)
+      passes[d] = {{T, N, D, H},
+                   layer<E>(weights, directions, d, reverse),
+                   rows<const E>(x),
+                   at<const E>(h0, d * N * H),
+                   at<const E>(c0, d * N * H),
+                   rows<E>(y, d * H),
+                   at<E>(h_n, d * N * H),
+                   at<E>(c_n, d * N * H),
+                   at<E>(gates, d * T * N * 4 * H),
+                   at<E>(cells, d * T * N * H)};
+    forward(passes, directions, threads);
   });
 }
 
-void run_backward(int itemsize, int threads, int64_t T, int64_t N, int64_t D, int64_t H,
-                  bool reverse, Address w_ih, Address w_hh, Address x, int64_t x_t, int64_t x_n,
-                  Address h0, Address c0, Address y, int64_t y_t, int64_t y_n, Address gates,
-                  Address cells, Address grad_y, int64_t grad_y_t, int64_t grad_y_n, Address grad_h,
-                  Address grad_c, Address dx, int64_t dx_t, int64_t dx_n, Address dw_ih,
-                  Address dw_hh, Address db, Address dh0, Address dc0) {
+void run_backward(Array x, Array h0, Array c0, const Arrays& weights, Array y, Array gates,
+                  Array cells, Array grad_y, Array grad_h, Array grad_c, Array dx,
+                  const Arrays& dweights, Array dh0, Array dc0, bool reverse, int threads) {
   py::gil_scoped_release release;
-  with_type(itemsize, [&](auto* type) {
+  with_type(y.itemsize, [&](auto* type) {
     using E = std::remove_pointer_t<decltype(type)>;
-    backward<E>({{T, N, D, H},
-                 {as<E>(w_ih), as<E>(w_hh), nullptr, nullptr, reverse},
-                 {as<E>(x), x_t, x_n, N},
-                 as<E>(h0),
-                 as<E>(c0),
-                 {as<E>(y), y_t, y_n, N},
-                 as<E>(gates),
-                 as<E>(cells),
-                 {as<E>(grad_y), grad_y_t, grad_y_n, N},
-                 as<E>(grad_h),
-                 as<E>(grad_c),
-                 {as<E>(dx), dx_t, dx_n, N},
-                 as<E>(dw_ih),
-                 as<E>(dw_hh),
-                 as<E>(db),
-                 as<E>(dh0),
-                 as<E>(dc0)},
-                threads);
+    const int64_t T = x.shape[0], N = x.shape[1], D = x.shape[2], H = dc0.shape[2];
+    const int directions = int(dc0.shape[0]);
+    const size_t count = weights.size() / size_t(directions);
+    Backward<E> passes[2];
+    for (int d = 0; d < directions; ++d) {
+      const Array* dw = dweights.data() + size_t(d) * count;
+      E* const db_ih = count == 4 ? at<E>(dw[2], 0) : nullptr;
+      E* const db_hh = count == 4 ? at<E>(dw[3], 0) : nullptr;
+      passes[d] = {{T, N, D, H},
+                   layer<E>(weights, directions, d, reverse),
+                   rows<const E>(x),
+                   at<const E>(h0, d * N * H),
+                   at<const E>(c0, d * N * H),
+                   rows<const E>(y, d * H),
+                   at<const E>(gates, d * T * N * 4 * H),
+                   at<const E>(cells, d * T * N * H),
+                   rows<const E>(grad_y, d * H),
+                   at<const E>(grad_h, d * N * H),
+                   at<const E>(grad_c, d * N * H),
+                   {at<E>(dx, d * T * N * D), N * D, D, N},
+                   at<E>(dw[0], 0),
+                   at<E>(dw[1], 0),
+                   db_ih ? db_ih : db_hh,
+                   at<E>(dh0, d * N * H),
+                   at<E>(dc0, d * N * H)};
+    }
+    backward(passes, directions, threads);
+    // Both biases have the same gradient.
+    for (int d = 0; d < directions && count == 4; ++d) {
+      const Array* dw = dweights.data() + size_t(d) * count;
+      if (dw[2].data && dw[3].data) std::copy_n(at<E>(dw[2], 0), 4 * H, at<E>(dw[3], 0));
+    }
   });
+}
+
+// Whether a call can run as it stands: every array of the one dtype, of the shape it must have, and
+// laid out as the kernels read it. True spares the thorough checks in Python; false says nothing.
+// `dims` is that of a batched x: 3, or 2 for a cell.
+bool fits(py::handle x, py::handle state, py::handle weights, int64_t D, int64_t H, int64_t layers,
+          int64_t directions, bool batch_first, int dims) {
+  Array input;
+  const auto plain = [&](py::handle object, Array* array) {
+    if (!view(object, array) || array->itemsize != input.itemsize) return false;
+    if (is_torch(object) != is_torch(x)) return false;
+    if (!is_torch(object)) return is_exactly_numpy(object);
+    // A view whose memory holds the numbers negated.
+    static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+    PyObject* const negated = PyObject_CallMethodNoArgs(object.ptr(), is_neg);
+    Py_XDECREF(negated);
+    return negated == Py_False;
+  };
+  const auto is = [&](py::handle object, std::initializer_list<int64_t> shape) {
+    Array array;
+    return plain(object, &array) && array.dims == int(shape.size()) &&
+           std::equal(shape.begin(), shape.end(), array.shape) && array.packed();
+  };
+  if (!view(x, &input) || !plain(x, &input) || D < 1 || H < 1) return false;
+  if ((input.dims != dims && input.dims != dims - 1) || input.shape[input.dims - 1] != D ||
+      !input.has_rows())
+    return false;
+  const bool batched = input.dims == dims;
+  const int batch_dim = dims == 3 && !batch_first;
+  const int64_t N = batched ? input.shape[batch_dim] : 1;
+  const int64_t T = dims == 2 ? 1 : input.shape[batched && batch_first ? 1 : 0];
+  if (T < 1 || N < 1) return false;
+  // Far from what could be addressed; see sizes() in _check.py.
+  if (double(T) * double(N + 1) * double(D + directions * H + 64) > 1e15) return false;
+
+  const auto pair = [](py::handle object) {
+    return (PyTuple_Check(object.ptr()) || PyList_Check(object.ptr())) &&
+           PySequence_Fast_GET_SIZE(object.ptr()) == 2;
+  };
+  if (!state.is_none()) {
+    if (!pair(state)) return false;
+    const int64_t count = layers * directions;
+    for (int k = 0; k < 2; ++k) {
+      const py::handle part = PySequence_Fast_GET_ITEM(state.ptr(), k);
+      const bool right = dims == 3 ? batched ? is(part, {count, N, H}) : is(part, {count, H})
+                         : batched ? is(part, {N, H})
+                                   : is(part, {H});
+      if (!right) return false;
+    }
+  }
+  if (!PyList_Check(weights.ptr())) return false;
+  const int64_t per_direction = PyList_GET_SIZE(weights.ptr()) / (layers * directions);
+  if (per_direction != 2 && per_direction != 4) return false;
+  for (int64_t k = 0; k < layers * directions * per_direction; ++k) {
+    const int64_t kind = k % per_direction;
+    const int64_t columns = kind == 1 ? H : k < directions * per_direction ? D : directions * H;
+    const py::handle weight = PyList_GET_ITEM(weights.ptr(), k);
+    if (kind < 2 ? !is(weight, {4 * H, columns}) : !is(weight, {4 * H})) return false;
+  }
+  return true;
+}
+
+void use_torch(py::type tensor, py::type parameter, py::object exchange) {
+  const auto* table = exchange.is_none()
+                          ? nullptr
+                          : static_cast<const dlpack::Exchange*>(
+                                PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
+  PyErr_Clear();
+  const bool usable = table && table->version.major == 1 && table->view;
+  torch = {(PyTypeObject*)tensor.ptr(), (PyTypeObject*)parameter.ptr(), usable ? table : nullptr};
 }
 
 Machine machine(int itemsize) {
@@ -173,6 +250,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.doc() = "The compiled part of fastlstm. Private: use the functions of fastlstm.";
   m.def("forward", &run_forward);
   m.def("backward", &run_backward);
+  m.def("fits", &fits);
+  m.def("use_torch", &use_torch);
 
   m.def("default_threads", &default_threads);
   m.def("compiled_isas", &compiled_isas);

@@ -2,57 +2,63 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/dispatch.h"
-#include "cpu/parallel.h"
-#include "cpu/workspace.h"
-#include "lstm.h"
-#include "plan.h"
+#include "passes.h"
 
 namespace fastlstm {
 namespace {
 
 template <class T>
-bool run(const Forward<T>& in, const Plan& plan, const Kernels<T>& kernel) {
-  const auto [steps, batch, input, hidden] = in.sizes;
-  const int64_t lanes = kernel.lanes;
-  const int64_t panels = ceil_div(hidden, lanes);
-  const int64_t panel_row = kPanelVectors * lanes;
-  const int64_t gates = 4 * hidden;
-  const int threads = plan.threads();
+class ForwardPass {
+ public:
+  ForwardPass(const Forward<T>& in, const Plan& plan, const Kernels<T>& kernel,
+              Workspace* workspace)
+      : in_(in),
+        plan_(plan),
+        kernel_(kernel),
+        state_(in.h0, in.c0, in.sizes, workspace),
+        row_group_(size_t(plan.row_groups)) {
+    const auto [steps, batch, input, hidden] = in.sizes;
+    const int64_t padded = ceil_div(hidden, kernel.lanes) * kPanelVectors * kernel.lanes;
+    bias_place_ = workspace->reserve<T>(4 * hidden);
+    ih_place_ = workspace->reserve<T>(plan.direct ? 0 : padded * input);
+    hh_place_ = workspace->reserve<T>(plan.direct ? 0 : padded * hidden);
+    // Training writes the input product where the gates will be kept.
+    own_z_ = !in.gates && !plan.input_in_step;
+    z_place_ = workspace->reserve<T>(own_z_ ? plan.block * batch * 4 * hidden : 0);
+  }
 
-  // Time as the recurrence sees it: step s is the s-th in order of computation.
-  const auto in_order = [&](auto rows) { return in.layer.reverse ? rows.flipped(steps) : rows; };
-  const Rows<const T> x = in_order(in.x);
-  const Rows<T> y = in_order(in.y);
-  const Rows<T> kept_gates = in_order(Rows<T>{in.gates, batch * gates, gates, batch});
-  const Rows<T> kept_cells = in_order(Rows<T>{in.cells, batch * hidden, hidden, batch});
-  const Rows<T> c_n{in.c_n, 0, hidden, batch};
+  void bind(const Workspace& workspace) {
+    state_.bind(workspace);
+    bias_ = workspace.at<T>(bias_place_);
+    w_ih_ = workspace.at<T>(ih_place_);
+    w_hh_ = workspace.at<T>(hh_place_);
+    z_ = workspace.at<T>(z_place_);
+  }
 
-  Workspace workspace;
-  const int64_t bias_place = workspace.reserve<T>(gates);
-  const int64_t ih_place = workspace.reserve<T>(plan.direct ? 0 : panels * input * panel_row);
-  const int64_t hh_place = workspace.reserve<T>(plan.direct ? 0 : panels * hidden * panel_row);
-  // Training writes the input product where the gates will be kept.
-  const bool own_z = !in.gates && !plan.input_in_step;
-  const int64_t z_place = workspace.reserve<T>(own_z ? plan.block * batch * gates : 0);
-  const int64_t zeros_place = workspace.reserve<T>(in.h0 && in.c0 ? 0 : hidden);
-  workspace.allocate();
-  // A missing state is one row of zeros, for every row of the batch.
-  T* const zeros = workspace.at<T>(zeros_place);
-  if (!in.h0 || !in.c0) std::fill_n(zeros, hidden, T(0));
-  const auto state = [&, rows = batch, width = hidden](const T* given) {
-    return given ? Rows<const T>{given, 0, width, rows} : Rows<const T>{zeros, 0, 0, rows};
-  };
-  const Rows<const T> h0 = state(in.h0), c0 = state(in.c0);
-  T* const bias = workspace.at<T>(bias_place);
-  T* const w_ih = workspace.at<T>(ih_place);
-  T* const w_hh = workspace.at<T>(hh_place);
-  const Rows<T> own{workspace.at<T>(z_place), batch * gates, gates, batch};
+  // The part of thread `id` of plan.threads().
+  void work(int id) {
+    const auto [steps, batch, input, hidden] = in_.sizes;
+    const Forward<T>& in = in_;
+    const Plan& plan = plan_;
+    const Kernels<T>& kernel = kernel_;
+    const int64_t lanes = kernel.lanes;
+    const int64_t panels = ceil_div(hidden, lanes);
+    const int64_t panel_row = kPanelVectors * lanes;
+    const int64_t gates = 4 * hidden;
+    const int threads = plan.threads();
+    T *const bias = bias_, *const w_ih = w_ih_, *const w_hh = w_hh_;
 
-  Barrier all;
-  std::vector<Barrier> row_group(size_t(plan.row_groups));
+    // Time as the recurrence sees it: step s is the s-th in order of computation.
+    const auto in_order = [&, count = steps](auto rows) {
+      return in.layer.reverse ? rows.flipped(count) : rows;
+    };
+    const Rows<const T> x = in_order(in.x);
+    const Rows<T> y = in_order(in.y);
+    const Rows<T> kept_gates = in_order(Rows<T>{in.gates, batch * gates, gates, batch});
+    const Rows<T> kept_cells = in_order(Rows<T>{in.cells, batch * hidden, hidden, batch});
+    const Rows<T> c_n{in.c_n, 0, hidden, batch};
+    const Rows<T> own{z_, batch * gates, gates, batch};
 
-  return parallel(threads, [&](int id) {
     const int group = id / plan.panel_groups;
     const auto [n0, n1] = share(batch, plan.row_groups, group);
     const auto [p0, p1] = share(panels, plan.panel_groups, id % plan.panel_groups);
@@ -65,11 +71,11 @@ bool run(const Forward<T>& in, const Plan& plan, const Kernels<T>& kernel) {
       kernel.pack_gates(in.layer.w_ih, hidden, input, from, to, w_ih);
       kernel.pack_gates(in.layer.w_hh, hidden, hidden, from, to, w_hh);
     }
-    all.wait(threads);
+    all_.wait(threads);
 
     for (int64_t s0 = 0; s0 < steps; s0 += plan.block) {
       const int64_t count = std::min(plan.block, steps - s0);
-      const Rows<T> z = own_z ? own : kept_gates.block(s0, 0, batch);
+      const Rows<T> z = own_z_ ? own : kept_gates.block(s0, 0, batch);
       if (!plan.input_in_step) {
         Product<T> product;
         product.a = x.block(s0, n0, n1 - n0);
@@ -83,21 +89,22 @@ bool run(const Forward<T>& in, const Plan& plan, const Kernels<T>& kernel) {
       }
       for (int64_t s = s0; s < s0 + count; ++s) {
         StepForward<T> step;
+        step.step = s;
         step.hidden = hidden;
         step.input = plan.input_in_step ? input : 0;
         step.start = plan.input_in_step ? Rows<const T>{bias} : z.block(s - s0, 0, batch);
         step.x = x.block(s, 0, batch);
         step.w_ih = plan.direct ? in.layer.w_ih : w_ih;
         step.w_hh = plan.direct ? in.layer.w_hh : w_hh;
-        step.h_prev = s == 0 ? h0 : y.block(s - 1, 0, batch);
+        step.h_prev = s == 0 ? state_.h0() : y.block(s - 1, 0, batch);
         step.c = in.cells ? kept_cells.block(s, 0, batch) : c_n;
-        step.c_prev = s == 0     ? c0
+        step.c_prev = s == 0     ? state_.c0()
                       : in.cells ? Rows<const T>(kept_cells.block(s - 1, 0, batch))
                                  : c_n;
         step.h = y.block(s, 0, batch);
         step.gates = in.gates ? kept_gates.block(s, 0, batch) : Rows<T>{};
         (plan.direct ? kernel.step_forward_direct : kernel.step_forward)(step, n0, n1, p0, p1);
-        row_group[size_t(group)].wait(plan.panel_groups);
+        row_group_[size_t(group)].wait(plan.panel_groups);
       }
     }
 
@@ -110,21 +117,33 @@ bool run(const Forward<T>& in, const Plan& plan, const Kernels<T>& kernel) {
         std::copy(c + j0, c + j1, in.c_n + n * hidden + j0);
       }
     }
-  });
-}
+  }
+
+ private:
+  const Forward<T> in_;
+  const Plan plan_;
+  const Kernels<T>& kernel_;
+  InitialState<T> state_;
+  int64_t bias_place_, ih_place_, hh_place_, z_place_;
+  bool own_z_;
+  T *bias_, *w_ih_, *w_hh_, *z_;
+  Barrier all_;
+  std::vector<Barrier> row_group_;
+};
 
 }  // namespace
 
 template <class T>
-void forward(const Forward<T>& args, int threads) {
-  if (args.sizes.batch == 0) return;
+void forward(const Forward<T>* directions, int count, int threads) {
+  const Sizes& sizes = directions->sizes;
+  if (sizes.batch == 0) return;
   const Kernels<T>& kernel = kernels<T>();
   const Machine machine{kernel.lanes, sizeof(T)};
-  if (!run(args, plan_forward(args.sizes, machine, threads), kernel))
-    run(args, plan_forward(args.sizes, machine, 1), kernel);
+  run_directions<ForwardPass<T>>(directions, count, threads, kernel,
+                                 [&](int most) { return plan_forward(sizes, machine, most); });
 }
 
-template void forward(const Forward<float>&, int);
-template void forward(const Forward<double>&, int);
+template void forward(const Forward<float>*, int, int);
+template void forward(const Forward<double>*, int, int);
 
 }  // namespace fastlstm

@@ -94,10 +94,11 @@ struct Backward {
   T* dc0;                // (N, H), always computed
 };
 
-// threads >= 1 is the most that may be used. Throws std::bad_alloc and nothing else.
+// Runs the one or two directions of a layer, which have the same sizes. threads >= 1 is the most
+// that may be used. Throws std::bad_alloc and nothing else.
 template <class T>
-void forward(const Forward<T>& args, int threads);
+void forward(const Forward<T>* directions, int count, int threads);
 template <class T>
-void backward(const Backward<T>& args, int threads);
+void backward(const Backward<T>* directions, int count, int threads);
 
 }  // namespace fastlstm

@@ -32,6 +32,10 @@ F32, F64 = torch.float32, torch.float64
 TOLERANCE = {F32: 1e-5, F64: 2e-14}
 
 
+class Marked(torch.Tensor):
+    """A subclass that means nothing by it."""
+
+
 # --- comparisons ---------------------------------------------------------------------------------
 
 
@@ -949,6 +953,87 @@ def test_half_precision(dtype, cell):
     assert_same_outcome(lambda: backward(ours, x), lambda: backward(theirs, x))
 
 
+def test_torch_without_its_exchange_table():
+    """Before 2.10 torch had none; its tensors are then read attribute by attribute."""
+    code = """
+import torch, fastlstm.nn
+from fastlstm import _core
+_core.use_torch(torch.Tensor, torch.nn.Parameter, None)
+for dtype in (torch.float32, torch.float64):
+    theirs = torch.nn.LSTM(5, 7, num_layers=2, bidirectional=True, dtype=dtype)
+    ours = fastlstm.nn.LSTM(5, 7, num_layers=2, bidirectional=True, dtype=dtype)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(3, 4, 5, dtype=dtype)
+    weights = list(ours.parameters())
+    fits = lambda x: _core.fits(x, None, weights, 5, 7, 2, 2, False, 3)
+    assert fits(x) and not fits(x.half()) and not fits(x.to("meta")) and not fits(x.long())
+    for module in (theirs, ours):
+        module(x)[0].square().sum().backward()
+    torch.testing.assert_close(ours(x), theirs(x))
+    for mine, other in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(mine.grad, other.grad)
+print("equal")
+"""
+    assert stdout_of(run_python(code)) == "equal"
+
+
+def test_what_the_kernels_may_read():
+    module = fastlstm.nn.LSTM(4, 5)
+    weights = list(module.parameters())
+
+    def fits(x, weights=weights, state=None):
+        return fastlstm._core.fits(x, state, weights, 4, 5, 1, 1, False, 3)
+
+    x, h = leaf(3, 2, 4), leaf(1, 2, 5)
+    assert fits(x) and fits(x[:, 0]) and fits(x.transpose(0, 1)) and fits(x, state=[h, h])
+    negative = torch._neg_view(x.detach())
+    no_memory = torch._efficientzerotensor((3, 2, 4))
+    for other in (
+        *(
+            negative,
+            no_memory,
+            x.double(),
+            x.half(),
+            x.to_sparse(),
+            x.to("meta"),
+            x.detach().numpy(),
+        ),
+        *(x[:0], x[:, :0], x[..., :3], x[0, 0], x[None], x.detach().as_subclass(Marked), None),
+        x.transpose(1, 2).contiguous().transpose(1, 2),
+    ):
+        assert not fits(other)
+    for state in (
+        h,
+        [h],
+        [h, h, h],
+        [h, h.double()],
+        [h, h[0]],
+        [h, None],
+        [h, h.expand(1, 2, 5)[:, :1]],
+    ):
+        assert not fits(x, state=state)
+    for k, weight in enumerate(weights):
+        data = weight.detach()
+        wrong = [data.double(), torch._neg_view(data), data[:-1], None, data.numpy()]
+        if data.dim() == 2:
+            wrong.append(data.t().contiguous().t())
+        for other in wrong:
+            assert not fits(x, [*weights[:k], other, *weights[k + 1 :]])
+    assert not fits(x, weights[:3]) and not fits(x, tuple(weights))
+    module(no_memory)  # torch's own path takes it
+    module(x)[0].backward(torch._efficientzerotensor((3, 2, 5)))
+    assert not any(w.grad.any() for w in weights)
+
+
+def test_gradients_of_a_subclass():
+    ours, theirs = pair(4, 5)
+    grad = torch.randn(3, 2, 5)
+    for module in (ours, theirs):
+        module(torch.ones(3, 2, 4))[0].backward(grad.as_subclass(Marked))
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert_close(mine.grad, other.grad)
+
+
 @pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
 def test_meta_device(cell):
     ours, theirs = (module.to("meta") for module in pair(D, H, cell=cell))
@@ -1103,12 +1188,8 @@ def test_export():
 
 def test_tensor_subclasses_take_torchs_own_path():
     """The result is of the subclass again."""
-
-    class Mine(torch.Tensor):
-        pass
-
     ours, theirs = pair(D, H)
-    x = leaf(T, N, D, grad=False).as_subclass(Mine)
+    x = leaf(T, N, D, grad=False).as_subclass(Marked)
     assert_same_outcome(lambda: ours(x), lambda: theirs(x))
 
 

@@ -62,6 +62,27 @@ def test_same_bits_for_any_number_of_threads(isa, dtype, sizes, reverse):
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=SIZE_IDS)
+def test_same_bits_with_two_directions(dtype, sizes):
+    """Which run at the same time on an even number of threads, and else one after the other."""
+    T, N, D, H = sizes
+    rnn = fastlstm.LSTM(D, H, num_layers=2, bidirectional=True, dtype=dtype, rng=0)
+    x = np.random.default_rng(1).standard_normal((T, N, D)).astype(dtype)
+    grad_y = np.random.default_rng(2).standard_normal((T, N, 2 * H)).astype(dtype)
+
+    def run():
+        y, state, tape = rnn.forward(x)
+        grads = rnn.backward(tape, grad_y)
+        return [y, *state, grads.x, grads.h0, grads.c0, *grads.weights.values()]
+
+    fastlstm.set_num_threads(1)
+    expected = run()
+    for threads in THREADS[1:]:
+        fastlstm.set_num_threads(threads)
+        for actual, array in zip(run(), expected, strict=True):
+            assert actual.tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=SIZE_IDS)
 def test_same_bits_from_run_to_run(isa, dtype, sizes):
     p = make_problem(*sizes, dtype)
     fastlstm.set_num_threads(3)

@@ -51,6 +51,7 @@ struct Product {
 //   z = start + x W_ih^T + h W_hh^T, then gates, c and h. A depth of 0 leaves that product out.
 template <class T>
 struct StepForward {
+  int64_t step;  // odd steps take the panels in descending order
   int64_t hidden;
   int64_t input;        // D, or 0 where `start` already holds the input product
   Rows<const T> start;  // (N, 4H); step_n 0 for a bias
@@ -67,6 +68,7 @@ struct StepForward {
 // One time step back. dh = grad_y + grad_h + dz_next W_hh, then dz, and dc in place.
 template <class T>
 struct StepBackward {
+  int64_t step;  // odd steps take the panels in descending order
   int64_t hidden;
   Rows<const T> grad_y;   // data null: zeros
   Rows<const T> grad_h;   // data null: zeros

@@ -39,8 +39,20 @@ FASTLSTM_INLINE void for_tiles(int64_t m0, int64_t m1, F&& f) {
   }
 }
 
-// Panels that leave L2 between two steps come from afar. Each tile of a panel brings in one part of
-// the next panel; after the last panel that is the first, for the next step.
+// f(panel, panel after it) for p0 <= panel < p1, ascending at even steps and descending at odd
+// ones: a step begins with the panels that the step before left in the caches.
+template <class F>
+FASTLSTM_INLINE void for_panels(int64_t step, int64_t p0, int64_t p1, F&& f) {
+  const int64_t way = step % 2 ? -1 : 1;
+  const int64_t first = step % 2 ? p1 - 1 : p0;
+  for (int64_t k = 0; k < p1 - p0; ++k) {
+    const int64_t p = first + way * k;
+    f(p, k + 1 < p1 - p0 ? p + way : p);
+  }
+}
+
+// Panels that do not fit into L2 come from afar. Each tile of a panel brings in one part of the
+// next panel.
 template <class T>
 constexpr int64_t kPrefetched = 64 / int64_t(sizeof(T)) / 2;  // elements per k
 template <class T>
@@ -59,7 +71,7 @@ FASTLSTM_INLINE void multiply(const T* const (&a)[M], int64_t depth, const T* b,
                               const T* ahead, Vec<T> (&acc)[M][V]) {
 #pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k) {
-    if (k % 2 == 0) __builtin_prefetch(ahead + k * kPrefetched<T>, 0, 2);
+    if (M > 1 && k % 2 == 0) __builtin_prefetch(ahead + k * kPrefetched<T>, 0, 2);
     Vec<T> row[M];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) row[m] = broadcast(a[m][k]);
@@ -278,9 +290,8 @@ void step_forward(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p0, 
   constexpr int VL = lanes<T>();
   constexpr int64_t row = kPanelVectors * VL;
   const int64_t H = in.hidden;
-  for (int64_t p = p0; p < p1; ++p) {
+  for_panels(in.step, p0, p1, [&](int64_t p, int64_t next) {
     const int64_t unit = p * VL;
-    const int64_t next = p + 1 < p1 ? p + 1 : p0;
     with_lanes<T>(H - unit, [&](auto part) {
       for_tiles(n0, n1, [&](int64_t n, auto rows) {
         constexpr int M = decltype(rows)::value;
@@ -300,23 +311,21 @@ void step_forward(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p0, 
         for (int r = 0; r < M; ++r) cell_forward<T>(in, n + r, unit, z[r], part);
       });
     });
-  }
+  });
 }
 
-// sum_k a[k] * w[k] of four rows `step` apart, added to total.
-template <class T>
-FASTLSTM_INLINE void dot4(const T* a, int64_t depth, const T* w, int64_t step, Vec<T> (&total)[4]) {
+// total[r] += a[k] * w[r][k], summed over k within the lanes, for R neighbouring rows of w.
+template <class T, int R>
+FASTLSTM_INLINE void dot_rows(const T* a, int64_t depth, const T* w, Vec<T> (&total)[R]) {
   constexpr int VL = lanes<T>();
   int64_t k = 0;
   for (; k + VL <= depth; k += VL) {
     const Vec<T> v = load(a + k);
-    for (int gate = 0; gate < 4; ++gate)
-      total[gate] = fma(v, load(w + gate * step + k), total[gate]);
+    for (int r = 0; r < R; ++r) total[r] = fma(v, load(w + r * depth + k), total[r]);
   }
   if (k < depth) {
     const Vec<T> v = load(a + k, depth - k);
-    for (int gate = 0; gate < 4; ++gate)
-      total[gate] = fma(v, load(w + gate * step + k, depth - k), total[gate]);
+    for (int r = 0; r < R; ++r) total[r] = fma(v, load(w + r * depth + k, depth - k), total[r]);
   }
 }
 
@@ -325,23 +334,30 @@ FASTLSTM_INLINE void dot4(const T* a, int64_t depth, const T* w, int64_t step, V
 template <class T>
 void step_forward_direct(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p0, int64_t p1) {
   constexpr int VL = lanes<T>();
+  constexpr int R = 4;  // rows at a time share the loads of x and h
   const int64_t H = in.hidden;
   for (int64_t p = p0; p < p1; ++p) {
     const int64_t unit = p * VL;
     const int64_t width = H - unit < VL ? H - unit : VL;
     with_lanes<T>(H - unit, [&](auto part) {
       for (int64_t n = n0; n < n1; ++n) {
-        T sums[4][VL] = {};
-        for (int64_t l = 0; l < width; ++l) {
-          Vec<T> total[4] = {};
-          dot4<T>(in.x.at(0, n), in.input, in.w_ih + (unit + l) * in.input, H * in.input, total);
-          dot4<T>(in.h_prev.at(0, n), H, in.w_hh + (unit + l) * H, H * H, total);
-          for (int gate = 0; gate < 4; ++gate) sums[gate][l] = sum<T>(total[gate]);
-        }
         Vec<T> z[4];
         const T* start = in.start.at(0, n) + unit;
-        for (int gate = 0; gate < 4; ++gate)
-          z[gate] = load(sums[gate]) + part.get(start + gate * H);
+        for (int gate = 0; gate < 4; ++gate) {
+          Vec<T> sums[VL] = {};
+          const auto add = [&](auto rows, int64_t l) {
+            constexpr int count = decltype(rows)::value;
+            Vec<T> total[count] = {};
+            const int64_t row = gate * H + unit + l;
+            dot_rows<T>(in.x.at(0, n), in.input, in.w_ih + row * in.input, total);
+            dot_rows<T>(in.h_prev.at(0, n), H, in.w_hh + row * H, total);
+            for (int r = 0; r < count; ++r) sums[l + r] = total[r];
+          };
+          int64_t l = 0;
+          for (; l + R <= width; l += R) add(Int<R>(), l);
+          for (; l < width; ++l) add(Int<1>(), l);
+          z[gate] = sum_each<T>(sums) + part.get(start + gate * H);
+        }
         cell_forward<T>(in, n, unit, z, part);
       }
     });
@@ -376,10 +392,9 @@ template <class T>
 void step_backward(const StepBackward<T>& in, int64_t n0, int64_t n1, int64_t p0, int64_t p1) {
   constexpr int VL = lanes<T>();
   const int64_t H = in.hidden;
-  for (int64_t p = p0; p < p1; ++p) {
+  for_panels(in.step, p0, p1, [&](int64_t p, int64_t next) {
     const int64_t first = p * kPanelVectors * VL;
     const int64_t vectors = (H - first + VL - 1) / VL;
-    const T* next = in.w_hh.at(p + 1 < p1 ? p + 1 : p0);
     with_int<kPanelVectors>(vectors, [&](auto count) {
       constexpr int V = decltype(count)::value;
       with_lanes<T>(H - first - (V - 1) * VL, [&](auto last) {
@@ -399,7 +414,7 @@ void step_backward(const StepBackward<T>& in, int64_t n0, int64_t n1, int64_t p0
             const T* a[M];
             for (int r = 0; r < M; ++r) a[r] = in.dz_next.at(0, n + r);
             multiply<T, M, V>(a, 4 * H, in.w_hh.at(p), in.w_hh.step(p),
-                              next_part(next, n - n0, 4 * H), dh);
+                              next_part(in.w_hh.at(next), n - n0, 4 * H), dh);
           }
           for (int r = 0; r < M; ++r) {
             for (int v = 0; v < V - 1; ++v)
@@ -409,7 +424,7 @@ void step_backward(const StepBackward<T>& in, int64_t n0, int64_t n1, int64_t p0
         });
       });
     });
-  }
+  });
 }
 
 // ---- for tests and benchmarks -------------------------------------------------------------------

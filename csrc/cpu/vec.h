@@ -226,3 +226,16 @@ FASTLSTM_INLINE void transpose_block(Vec<T> (&row)[lanes<T>()]) {
     if (!(i & S)) exchange<S, T>(row[i], row[i + S], typename CountLanes<lanes<T>()>::type());
   if constexpr (S > 1) transpose_block<T, S / 2>(row);
 }
+
+// The sum of each of VL vectors, as the lanes of one; in the order of sum(). Changes `v`.
+template <class T, int S = lanes<T>() / 2>
+FASTLSTM_INLINE Vec<T> sum_each(Vec<T>* v) {
+  for (int i = 0; i < S; ++i) {
+    exchange<S, T>(v[i], v[i + S], typename CountLanes<lanes<T>()>::type());
+    v[i] += v[i + S];
+  }
+  if constexpr (S > 1)
+    return sum_each<T, S / 2>(v);
+  else
+    return v[0];
+}

@@ -48,8 +48,8 @@ def packed(value: Array) -> Array:
     return np.require(value, requirements=["C", "A"])
 
 
-def rows(value: Array) -> tuple[Array, int, int]:
-    """Return a (T, N, columns) array as the kernels read it, and its first two element strides.
+def rows(value: Array) -> Array:
+    """Return a (T, N, columns) array as the kernels read it.
 
     A copy is made only where the last dimension is not contiguous or the memory is not aligned.
     """
@@ -62,8 +62,7 @@ def rows(value: Array) -> tuple[Array, int, int]:
         or not value.flags.aligned
     ):
         value = np.array(value, order="C")
-        step_t, step_n, _ = value.strides
-    return value, step_t // itemsize, step_n // itemsize
+    return value
 
 
 def positive(name: str, value: Any) -> int:

@@ -1,75 +1,51 @@
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-_Address: TypeAlias = NDArray[Any] | int | None
+# A numpy.ndarray or, once fastlstm.nn is imported, a torch.Tensor; None where nothing is wanted.
+_Array: TypeAlias = Any
 
 __version__: str
 compiler: str
 openmp: str
 
 def forward(
-    itemsize: int,
-    threads: int,
-    T: int,
-    N: int,
-    D: int,
-    H: int,
+    x: _Array,
+    h0: _Array,
+    c0: _Array,
+    weights: Sequence[_Array],
+    y: _Array,
+    h_n: _Array,
+    c_n: _Array,
+    gates: _Array,
+    cells: _Array,
     reverse: bool,
-    w_ih: _Address,
-    w_hh: _Address,
-    b_ih: _Address,
-    b_hh: _Address,
-    x: _Address,
-    x_t: int,
-    x_n: int,
-    h0: _Address,
-    c0: _Address,
-    y: _Address,
-    y_t: int,
-    y_n: int,
-    h_n: _Address,
-    c_n: _Address,
-    gates: _Address,
-    cells: _Address,
+    threads: int,
     /,
 ) -> None: ...
 def backward(
-    itemsize: int,
-    threads: int,
-    T: int,
-    N: int,
-    D: int,
-    H: int,
+    x: _Array,
+    h0: _Array,
+    c0: _Array,
+    weights: Sequence[_Array],
+    y: _Array,
+    gates: _Array,
+    cells: _Array,
+    grad_y: _Array,
+    grad_h: _Array,
+    grad_c: _Array,
+    dx: _Array,
+    dweights: Sequence[_Array],
+    dh0: _Array,
+    dc0: _Array,
     reverse: bool,
-    w_ih: _Address,
-    w_hh: _Address,
-    x: _Address,
-    x_t: int,
-    x_n: int,
-    h0: _Address,
-    c0: _Address,
-    y: _Address,
-    y_t: int,
-    y_n: int,
-    gates: _Address,
-    cells: _Address,
-    grad_y: _Address,
-    grad_y_t: int,
-    grad_y_n: int,
-    grad_h: _Address,
-    grad_c: _Address,
-    dx: _Address,
-    dx_t: int,
-    dx_n: int,
-    dw_ih: _Address,
-    dw_hh: _Address,
-    db: _Address,
-    dh0: _Address,
-    dc0: _Address,
+    threads: int,
     /,
 ) -> None: ...
+def fits(x: object, state: object, weights: object, /, *sizes: int) -> bool: ...
+def use_torch(tensor: type, parameter: type, exchange: object, /) -> None: ...
 def default_threads() -> int: ...
 def compiled_isas() -> list[str]: ...
 def supported_isas() -> list[str]: ...

@@ -10,14 +10,8 @@ from . import _check, _core
 from ._check import Array
 from ._config import get_num_threads
 
-
-class Weights(NamedTuple):
-    """The parameters of one layer and direction, packed for the kernels. Biases may be None."""
-
-    weight_ih: Array
-    weight_hh: Array
-    bias_ih: Array | None
-    bias_hh: Array | None
+# weight_ih, weight_hh, bias_ih, bias_hh of each direction in turn; a bias may be None.
+Weights = list[Any]
 
 
 class LayerTape:
@@ -31,17 +25,25 @@ class LayerTape:
     __slots__ = ("_batched", "_c0", "_cells", "_gates", "_h0", "_reverse", "_weights", "_x", "_y")
 
     def __init__(
-        self, x: Array, weights: Weights, h0: Array, c0: Array, y: Array, reverse: bool
+        self,
+        x: Array,
+        weights: Weights,
+        h0: Array | None,
+        c0: Array | None,
+        y: Array,
+        directions: int,
+        reverse: bool,
     ) -> None:
-        T, N, H = y.shape
+        T, N, width = y.shape
+        H = width // directions
         self._x = x
         self._weights = weights
         self._h0 = h0
         self._c0 = c0
         self._y = y
         self._reverse = reverse
-        self._gates = np.empty((T, N, 4, H), y.dtype)
-        self._cells = np.empty((T, N, H), y.dtype)
+        self._gates = np.empty((directions, T, N, 4 * H), y.dtype)
+        self._cells = np.empty((directions, T, N, H), y.dtype)
         self._batched = True
 
 
@@ -57,106 +59,72 @@ class LayerGradients(NamedTuple):
     bias_hh: Array | None
 
 
+class DirectionGradients(NamedTuple):
+    """What :func:`run_backward` computes. A weight that is None has None for its gradient."""
+
+    x: Array
+    h0: Array
+    c0: Array
+    weights: Weights
+
+
 def run_forward(
     x: Array,
     weights: Weights,
-    h0: Array,
-    c0: Array,
+    h0: Array | None,
+    c0: Array | None,
     y: Array,
     h_n: Array,
     c_n: Array,
-    reverse: bool,
     need_tape: bool,
+    reverse: bool = False,
 ) -> LayerTape | None:
-    """Run checked arguments: x (T, N, D), h0 c0 h_n c_n packed (N, H), y (T, N, H) with rows."""
-    T, N, H = y.shape
-    itemsize = y.itemsize
-    x, x_t, x_n = _check.rows(x)
-    tape = LayerTape(x, weights, h0, c0, y, reverse) if need_tape else None
-    _core.forward(
-        itemsize,
-        get_num_threads(),
-        T,
-        N,
-        x.shape[2],
-        H,
-        reverse,
-        *weights,
-        x,
-        x_t,
-        x_n,
-        h0,
-        c0,
-        y,
-        y.strides[0] // itemsize,
-        y.strides[1] // itemsize,
-        h_n,
-        c_n,
-        None if tape is None else tape._gates,
-        None if tape is None else tape._cells,
-    )
+    """Run the directions of a layer on checked arguments, as the kernels read them.
+
+    x (T, N, D) and y (T, N, directions*H) with rows; h0, c0, h_n, c_n (directions, N, H) packed;
+    four weights for each direction.
+    """
+    tape = LayerTape(x, weights, h0, c0, y, len(h_n), reverse) if need_tape else None
+    gates, cells = (None, None) if tape is None else (tape._gates, tape._cells)
+    _core.forward(x, h0, c0, weights, y, h_n, c_n, gates, cells, reverse, get_num_threads())
     return tape
 
 
 def run_backward(
     tape: LayerTape, grad_y: Array | None, grad_h: Array | None, grad_c: Array | None
-) -> LayerGradients:
-    """Run checked arguments: grad_y (T, N, H), grad_h and grad_c packed (N, H), or None."""
-    T, N, H = tape._y.shape
-    weights = tape._weights
+) -> DirectionGradients:
+    """Run checked arguments: grad_y (T, N, directions*H), grad_h and grad_c packed, or None."""
+    T, N, D = tape._x.shape
     dtype = tape._y.dtype
-    x, x_t, x_n = _check.rows(tape._x)
-    y, y_t, y_n = _check.rows(tape._y)
-    grad_t = grad_n = 0
-    if grad_y is not None:
-        grad_y, grad_t, grad_n = _check.rows(grad_y)
-    dx = np.empty(x.shape, dtype)
-    dh0 = np.empty((N, H), dtype)
-    dc0 = np.empty((N, H), dtype)
-    dw_ih = np.empty(weights.weight_ih.shape, dtype)
-    dw_hh = np.empty(weights.weight_hh.shape, dtype)
-    db = None if weights.bias_ih is None and weights.bias_hh is None else np.empty(4 * H, dtype)
+    directions, _, _, H = tape._cells.shape
+    dx = np.empty((directions, T, N, D), dtype)
+    dh0 = np.empty((directions, N, H), dtype)
+    dc0 = np.empty((directions, N, H), dtype)
+    dweights = [None if w is None else np.empty(w.shape, dtype) for w in tape._weights]
     _core.backward(
-        dtype.itemsize,
-        get_num_threads(),
-        T,
-        N,
-        x.shape[2],
-        H,
-        tape._reverse,
-        weights.weight_ih,
-        weights.weight_hh,
-        x,
-        x_t,
-        x_n,
+        tape._x,
         tape._h0,
         tape._c0,
-        y,
-        y_t,
-        y_n,
+        tape._weights,
+        tape._y,
         tape._gates,
         tape._cells,
-        grad_y,
-        grad_t,
-        grad_n,
+        None if grad_y is None else _check.rows(grad_y),
         grad_h,
         grad_c,
         dx,
-        N * x.shape[2],
-        x.shape[2],
-        dw_ih,
-        dw_hh,
-        db,
+        dweights,
         dh0,
         dc0,
+        tape._reverse,
+        get_num_threads(),
     )
-    db_ih = None if weights.bias_ih is None else db
-    db_hh = None if weights.bias_hh is None else db if db_ih is None else db.copy()  # type: ignore[union-attr]
-    return LayerGradients(dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh)
+    x = dx[0] if directions == 1 else np.add(dx[0], dx[1], out=dx[0])
+    return DirectionGradients(x, dh0, dc0, dweights)
 
 
 def check_weights(values: list[Any], suffix: str, D: int, H: int, dtype: np.dtype[Any]) -> Weights:
-    """Return the four weights packed, each checked under its name + `suffix`."""
+    """Return the four weights of a direction packed, each checked under its name + `suffix`."""
     weight_ih, weight_hh, bias_ih, bias_hh = values
 
     def bias(name: str, value: Any) -> Array | None:
@@ -164,20 +132,20 @@ def check_weights(values: list[Any], suffix: str, D: int, H: int, dtype: np.dtyp
             return None
         return _check.packed(_check.shaped(name + suffix, value, (4 * H,), dtype))
 
-    return Weights(
+    return [
         _check.packed(_check.shaped("weight_ih" + suffix, weight_ih, (4 * H, D), dtype)),
         _check.packed(_check.shaped("weight_hh" + suffix, weight_hh, (4 * H, H), dtype)),
         bias("bias_ih", bias_ih),
         bias("bias_hh", bias_hh),
-    )
+    ]
 
 
 def check_state(
     name: str, state: Any, shape: tuple[int, ...], dtype: Any, part: str = "{}0"
-) -> tuple[Array, Array]:
-    """Return a pair (h, c) of packed arrays of `shape`; zeros for None."""
+) -> tuple[Array | None, Array | None]:
+    """Return a pair (h, c) of packed arrays of `shape`, or a pair of None for None."""
     if state is None:
-        return np.zeros(shape, dtype), np.zeros(shape, dtype)
+        return None, None
     h, c = _check.pair(name, state)
     return (
         _check.packed(_check.shaped(f"{name}[0] ({part.format('h')})", h, shape, dtype)),
@@ -272,7 +240,7 @@ def lstm_forward(
     targets = _check_out(out, shapes, dtype)
 
     # The kernels write straight into a target that is packed, no input, and not kept by the tape.
-    inputs = [x, h0, c0, *(w for w in weights if w is not None)]
+    inputs = [array for array in (x, h0, c0, *weights) if array is not None]
     results = [
         target
         if target is not None
@@ -284,8 +252,13 @@ def lstm_forward(
     ]
     y, h_n, c_n = results
     if not batched:
-        x, h0, c0, y, h_n, c_n = x[:, None], h0[None], c0[None], y[:, None], h_n[None], c_n[None]
-    tape = run_forward(x, weights, h0, c0, y, h_n, c_n, reverse, need_tape)
+        x, y = x[:, None], y[:, None]
+    one = (1, *batch, H) if batched else (1, 1, H)  # with the direction, as the kernels have it
+    if h0 is not None and c0 is not None:
+        h0, c0 = h0.reshape(one), c0.reshape(one)
+    x = _check.rows(x)
+    h_n, c_n = h_n.reshape(one), c_n.reshape(one)
+    tape = run_forward(x, weights, h0, c0, y, h_n, c_n, need_tape, reverse)
     if tape is not None:
         tape._batched = batched
     for i, target in enumerate(targets):
@@ -355,8 +328,11 @@ def lstm_backward(
     if grad_y is not None:
         _check.shaped("grad_y", grad_y, (T, *batch, H), dtype)
         grad_y = grad_y.reshape(T, 1, H) if not tape._batched else grad_y
-    grad_h, grad_c = check_grad_state(grad_state, (*batch, H), dtype)
+    grad_h, grad_c = (
+        None if grad is None else grad.reshape(1, N, H)
+        for grad in check_grad_state(grad_state, (*batch, H), dtype)
+    )
     grads = run_backward(tape, grad_y, grad_h, grad_c)
-    if not tape._batched:
-        grads = grads._replace(x=grads.x[:, 0], h0=grads.h0[0], c0=grads.c0[0])
-    return grads
+    x = grads.x if tape._batched else grads.x[:, 0]
+    state = grads.h0.reshape(*batch, H), grads.c0.reshape(*batch, H)
+    return LayerGradients(x, *state, *grads.weights)

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _check
+from . import _check, _core
 from ._check import Array
 from ._layer import (
     LayerTape,
-    Weights,
     check_grad_state,
     check_state,
     check_weights,
@@ -35,7 +34,7 @@ class Tape:
     def __init__(
         self,
         owner: LSTM,
-        layers: list[list[LayerTape]],
+        layers: list[LayerTape],
         batched: bool,
         y_shape: tuple[int, ...],
     ) -> None:
@@ -124,6 +123,12 @@ class LSTM:
             for layer in range(self.num_layers)
         ]
         self._kinds = ("weight_ih", "weight_hh") + (("bias_ih", "bias_hh") if self.bias else ())
+        self._names = [
+            kind + suffix
+            for suffixes in self._suffixes
+            for suffix in suffixes
+            for kind in self._kinds
+        ]
         generator = np.random.default_rng(rng)
         bound = 1 / math.sqrt(H)
         self.weights: dict[str, Array] = {}
@@ -180,55 +185,75 @@ class LSTM:
 
     def _run(
         self, x: Array, state: State | None, need_tape: bool
-    ) -> tuple[Array, State, list[list[LayerTape]]]:
-        D, H, dtype = self.input_size, self.hidden_size, self.dtype
-        _check.array("x", x, dtype)
-        shape = "(N, T, D)" if self.batch_first else "(T, N, D)"
-        if x.ndim not in (2, 3) or x.shape[-1] != D:
-            raise ValueError(f"x: expected shape {shape} or (T, D) with D = {D}, got {x.shape}")
+    ) -> tuple[Array, State, list[LayerTape]]:
+        D, H, directions, layers = (
+            self.input_size,
+            self.hidden_size,
+            self._directions,
+            self.num_layers,
+        )
+        dtype = self.dtype
+        weights = [self.weights.get(name) for name in self._names]
+        if not _core.fits(x, state, weights, D, H, layers, directions, self.batch_first, 3) or (
+            x.dtype != dtype
+        ):
+            x, state, weights = self._checked(x, state)
         batched = x.ndim == 3
         if not batched:
             x = x[:, None]
         elif self.batch_first:
             x = x.transpose(1, 0, 2)
         T, N, _ = x.shape
-        if T == 0:
-            raise ValueError("x: expected at least one time step, got none")
-        _check.sizes("x", T, N, D, self._directions * H, dtype.itemsize)
-        count = self.num_layers * self._directions
-        h0, c0 = check_state("state", state, (count, N, H) if batched else (count, H), dtype)
-        h0, c0 = h0.reshape(count, N, H), c0.reshape(count, N, H)
-        weights = self._checked_weights()
-        h_n, c_n = np.empty_like(h0), np.empty_like(c0)
-        tapes: list[list[LayerTape]] = []
-        for layer in range(self.num_layers):
-            width = self._directions * H
-            if self.batch_first and layer == self.num_layers - 1:
-                y = np.empty((N, T, width), dtype).transpose(1, 0, 2)
+        count = layers * directions
+        h_n, c_n = np.empty((count, N, H), dtype), np.empty((count, N, H), dtype)
+        h0 = c0 = None
+        if state is not None:
+            h0, c0 = (part.reshape(count, N, H) for part in state)
+        per_layer = len(weights) // layers
+        tapes: list[LayerTape] = []
+        for layer in range(layers):
+            if self.batch_first and layer == layers - 1:
+                y = np.empty((N, T, directions * H), dtype).transpose(1, 0, 2)
             else:
-                y = np.empty((T, N, width), dtype)
-            tapes.append([])
-            for direction in range(self._directions):
-                k = layer * self._directions + direction
-                tape = run_forward(
-                    x,
-                    weights[k],
-                    h0[k],
-                    c0[k],
-                    y[:, :, direction * H : (direction + 1) * H],
-                    h_n[k],
-                    c_n[k],
-                    direction == 1,
-                    need_tape,
-                )
-                if tape is not None:
-                    tapes[-1].append(tape)
+                y = np.empty((T, N, directions * H), dtype)
+            own = slice(layer * directions, (layer + 1) * directions)
+            tape = run_forward(
+                x,
+                weights[layer * per_layer : (layer + 1) * per_layer],
+                None if h0 is None else h0[own],
+                None if c0 is None else c0[own],
+                y,
+                h_n[own],
+                c_n[own],
+                need_tape,
+            )
+            if tape is not None:
+                tapes.append(tape)
             x = y
         if not batched:
             return x[:, 0], (h_n[:, 0], c_n[:, 0]), tapes
         return x.transpose(1, 0, 2) if self.batch_first else x, (h_n, c_n), tapes
 
-    def _checked_weights(self) -> list[Weights]:
+    def _checked(self, x: Any, state: Any) -> tuple[Array, State | None, list[Any]]:
+        """Check everything, and return it as the kernels read it: packed where it was not."""
+        D, H, dtype = self.input_size, self.hidden_size, self.dtype
+        _check.array("x", x, dtype)
+        shape = "(N, T, D)" if self.batch_first else "(T, N, D)"
+        if x.ndim not in (2, 3) or x.shape[-1] != D:
+            raise ValueError(f"x: expected shape {shape} or (T, D) with D = {D}, got {x.shape}")
+        batched = x.ndim == 3
+        T, N = (
+            (x.shape[0], 1) if not batched else x.shape[1::-1] if self.batch_first else x.shape[:2]
+        )
+        if T == 0:
+            raise ValueError("x: expected at least one time step, got none")
+        _check.sizes("x", T, N, D, self._directions * H, dtype.itemsize)
+        count = self.num_layers * self._directions
+        h0, c0 = check_state("state", state, (count, N, H) if batched else (count, H), dtype)
+        x = _check.rows(x) if batched else _check.rows(x[:, None])[:, 0]
+        return x, None if h0 is None or c0 is None else (h0, c0), self._checked_weights()
+
+    def _checked_weights(self) -> list[Any]:
         D, H = self.input_size, self.hidden_size
         checked = []
         for layer, suffixes in enumerate(self._suffixes):
@@ -239,7 +264,7 @@ class LSTM:
                 except KeyError as missing:
                     raise ValueError(f"weights: expected {missing} among them, got none") from None
                 values += [None] * (4 - len(values))
-                checked.append(check_weights(values, suffix, inputs, H, self.dtype))
+                checked += check_weights(values, suffix, inputs, H, self.dtype)[: len(self._kinds)]
         return checked
 
     def backward(
@@ -274,7 +299,7 @@ class LSTM:
         if tape._owner is not self:
             raise ValueError("tape: expected one from forward() of this LSTM, got another LSTM's")
         H, dtype = self.hidden_size, self.dtype
-        N = tape._layers[0][0]._y.shape[1]
+        N = tape._layers[0]._y.shape[1]
         count = self.num_layers * self._directions
         grad: Array | None = None
         if grad_y is not None:
@@ -286,29 +311,29 @@ class LSTM:
         grad_h, grad_c = check_grad_state(
             grad_state, (count, N, H) if tape._batched else (count, H), dtype
         )
+        if grad_h is not None:
+            grad_h = grad_h.reshape(count, N, H)
+        if grad_c is not None:
+            grad_c = grad_c.reshape(count, N, H)
         h0, c0 = np.empty((count, N, H), dtype), np.empty((count, N, H), dtype)
-        weights = dict.fromkeys(self.weights)
+        weights: list[Any] = []
         for layer in reversed(range(self.num_layers)):
-            dx: Array | None = None
-            for direction, layer_tape in enumerate(tape._layers[layer]):
-                k = layer * self._directions + direction
-                grads = run_backward(
-                    layer_tape,
-                    None if grad is None else grad[:, :, direction * H : (direction + 1) * H],
-                    None if grad_h is None else grad_h.reshape(count, N, H)[k],
-                    None if grad_c is None else grad_c.reshape(count, N, H)[k],
-                )
-                h0[k], c0[k] = grads.h0, grads.c0
-                for kind in self._kinds:
-                    weights[kind + self._suffixes[layer][direction]] = getattr(grads, kind)
-                dx = grads.x if dx is None else np.add(dx, grads.x, out=dx)
-            grad = dx
+            own = slice(layer * self._directions, (layer + 1) * self._directions)
+            grads = run_backward(
+                tape._layers[layer],
+                grad,
+                None if grad_h is None else grad_h[own],
+                None if grad_c is None else grad_c[own],
+            )
+            grad = grads.x
+            h0[own], c0[own] = grads.h0, grads.c0
+            weights[:0] = grads.weights
         assert grad is not None
         if not tape._batched:
             grad, h0, c0 = grad[:, 0], h0[:, 0], c0[:, 0]
         elif self.batch_first:
             grad = grad.transpose(1, 0, 2)
-        return Gradients(grad, h0, c0, weights)  # type: ignore[arg-type]
+        return Gradients(grad, h0, c0, dict(zip(self._names, weights, strict=True)))
 
     def state_dict(self) -> dict[str, Array]:
         """Return a copy of the weights, under the names of `torch.nn.LSTM`."""

@@ -17,19 +17,11 @@ from . import _core
 
 __all__ = ["LSTM", "LSTMCell", "convert"]
 
+# torch gives its memory away through DLPack's C table (since 2.10) or attribute by attribute.
+_core.use_torch(Tensor, Parameter, getattr(Tensor, "__dlpack_c_exchange_api__", None))
+
 _Module = TypeVar("_Module", bound=torch.nn.Module)
 _Grads = tuple[Tensor | None, ...]
-
-
-def _plain(tensor: Any, dtype: torch.dtype) -> bool:
-    """Return whether the kernels may read this tensor's memory."""
-    return (
-        (type(tensor) is Tensor or type(tensor) is Parameter)
-        and tensor.dtype is dtype
-        and tensor.is_cpu
-        and tensor.layout is torch.strided
-        and not tensor.is_neg()  # a view whose memory holds the numbers negated
-    )
 
 
 def _observed() -> bool:
@@ -52,38 +44,37 @@ def _check_state_dtype(hx: Any, dtype: torch.dtype) -> None:
                 raise RuntimeError(f"hx[{k}]: expected dtype {dtype}, got {state.dtype}")
 
 
-def _rows(tensor: Tensor) -> tuple[Tensor, int, int]:
-    """Return a (T, N, columns) tensor as the kernels read it, with its first two strides."""
-    step_t, step_n, step = tensor.stride()
-    if step != 1 and tensor.shape[2] != 1:
-        tensor = tensor.contiguous()
-        step_t, step_n, _ = tensor.stride()
-    return tensor, step_t, step_n
+def _rows(tensor: Tensor) -> Tensor:
+    """Return a (T, N, columns) tensor with its rows contiguous: a copy if they are not."""
+    return tensor if tensor.stride(2) == 1 or tensor.shape[2] == 1 else tensor.contiguous()
 
 
-_Address = int | None
+def _packed(input: Any, hx: Any, weights: list[Any]) -> tuple[Any, Any, list[Any]]:
+    """Return the tensors contiguous, and whatever else there is as it came."""
+
+    def packed(value: Any) -> Any:
+        dense = isinstance(value, Tensor) and value.layout is torch.strided
+        return value.contiguous() if dense else value
+
+    if isinstance(hx, (tuple, list)):
+        hx = [packed(state) for state in hx]
+    return packed(input), hx, [packed(weight) for weight in weights]
 
 
-def _at(tensor: Tensor | None, offset: int) -> _Address:
-    return None if tensor is None else tensor.data_ptr() + offset
-
-
-def _addresses(
-    weights: tuple[Tensor, ...], d: int, directions: int
-) -> tuple[_Address, _Address, _Address, _Address]:
-    """Return the memory of weight_ih, weight_hh, bias_ih and bias_hh of direction d."""
-    count = len(weights) // directions
-    found = [w.data_ptr() for w in weights[d * count : (d + 1) * count]]
-    return (
-        (found[0], found[1], found[2], found[3]) if count == 4 else (found[0], found[1], None, None)
-    )
+def _gradient(grad: Tensor | None) -> Tensor | None:
+    """Return a gradient that arrived as the kernels read it; None is zeros."""
+    if grad is None or grad._is_zerotensor():
+        return None
+    if type(grad) is not Tensor:
+        grad = grad.as_subclass(Tensor)
+    return grad.resolve_neg()
 
 
 def _run_forward(
     x: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
-    weights: tuple[Tensor, ...],
+    weights: list[Tensor],
     directions: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -92,43 +83,14 @@ def _run_forward(
     A state of None is zeros. Returns y (T, N, directions*H), h_n, c_n, and with `keep` gates
     (directions, T, N, 4H) and cells (directions, T, N, H).
     """
-    T, N, D = x.shape
+    T, N, _ = x.shape
     H = weights[1].shape[1]
-    x, x_t, x_n = _rows(x)
-    h0 = None if h0 is None else h0.contiguous()
-    c0 = None if c0 is None else c0.contiguous()
-    weights = tuple(w.contiguous() for w in weights)
-    itemsize = x.element_size()
-    y = x.new_empty((T, N, directions * H))
-    h_n, c_n = x.new_empty((directions, N, H)), x.new_empty((directions, N, H))
-    gates = x.new_empty((directions, T, N, 4 * H)) if keep else None
-    cells = x.new_empty((directions, T, N, H)) if keep else None
-    threads = torch.get_num_threads()
-    for d in range(directions):
-        state = d * N * H * itemsize
-        steps = d * T * N * H * itemsize
-        _core.forward(
-            itemsize,
-            threads,
-            T,
-            N,
-            D,
-            H,
-            d == 1,
-            *_addresses(weights, d, directions),
-            x.data_ptr(),
-            x_t,
-            x_n,
-            _at(h0, state),
-            _at(c0, state),
-            _at(y, d * H * itemsize),
-            N * directions * H,
-            directions * H,
-            _at(h_n, state),
-            _at(c_n, state),
-            _at(gates, 4 * steps),
-            _at(cells, steps),
-        )
+    y = x.new_empty(T, N, directions * H)
+    h_n = x.new_empty(directions, N, H)
+    c_n = x.new_empty(directions, N, H)
+    gates = x.new_empty(directions, T, N, 4 * H) if keep else None
+    cells = x.new_empty(directions, T, N, H) if keep else None
+    _core.forward(x, h0, c0, weights, y, h_n, c_n, gates, cells, False, torch.get_num_threads())
     return y, h_n, c_n, gates, cells
 
 
@@ -144,7 +106,7 @@ class _Layer(torch.autograd.Function):
         c0: Tensor | None,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, h_n, c_n, gates, cells = _run_forward(x, h0, c0, weights, directions, keep=True)
+        y, h_n, c_n, gates, cells = _run_forward(x, h0, c0, list(weights), directions, keep=True)
         ctx.directions = directions
         ctx.save_for_backward(y, gates, cells, x, h0, c0, *weights)
         ctx.set_materialize_grads(False)
@@ -171,71 +133,35 @@ def _run_backward(
     x, h0, c0, *weights = inputs
     T, N, D = x.shape
     H = weights[1].shape[1]
-    per_direction = len(weights) // directions
-    x, x_t, x_n = _rows(x)
-    h0 = None if h0 is None else h0.contiguous()
-    c0 = None if c0 is None else c0.contiguous()
-    weights = [w.contiguous() for w in weights]
-    itemsize = x.element_size()
-    grad_y, grad_h, grad_c = grads
-    grad_t = grad_n = 0
-    if grad_y is not None:
-        grad_y, grad_t, grad_n = _rows(grad_y.resolve_neg())
-    grad_h = None if grad_h is None else grad_h.resolve_neg().contiguous()
-    grad_c = None if grad_c is None else grad_c.resolve_neg().contiguous()
+    grad_y, grad_h, grad_c = map(_gradient, grads)
     needs_x, needs_h0, needs_c0, *needs_weights = needed
-    dx = x.new_empty((directions, T, N, D)) if needs_x else None
-    dh0 = x.new_empty((directions, N, H)) if needs_h0 else None
-    dc0 = x.new_empty((directions, N, H))
-    dw: list[Tensor | None] = [
+    dx = x.new_empty(directions, T, N, D) if needs_x else None
+    dh0 = x.new_empty(directions, N, H) if needs_h0 else None
+    dc0 = x.new_empty(directions, N, H)
+    dweights = [
         torch.empty_like(w) if need else None
         for w, need in zip(weights, needs_weights, strict=True)
     ]
-    threads = torch.get_num_threads()
-
-    for d in range(directions):
-        first = d * per_direction
-        state, steps = d * N * H * itemsize, d * T * N * H * itemsize
-        # Either bias has the same gradient; the kernel writes it once.
-        biases = [b for b in dw[first + 2 : first + per_direction] if b is not None]
-        _core.backward(
-            itemsize,
-            threads,
-            T,
-            N,
-            D,
-            H,
-            d == 1,
-            weights[first].data_ptr(),
-            weights[first + 1].data_ptr(),
-            x.data_ptr(),
-            x_t,
-            x_n,
-            _at(h0, state),
-            _at(c0, state),
-            _at(y, d * H * itemsize),
-            N * directions * H,
-            directions * H,
-            _at(gates, 4 * steps),
-            _at(cells, steps),
-            _at(grad_y, d * H * itemsize),
-            grad_t,
-            grad_n,
-            _at(grad_h, state),
-            _at(grad_c, state),
-            _at(dx, d * T * N * D * itemsize),
-            N * D,
-            D,
-            _at(dw[first], 0),
-            _at(dw[first + 1], 0),
-            _at(biases[0], 0) if biases else None,
-            _at(dh0, state),
-            _at(dc0, state),
-        )
-        for other in biases[1:]:
-            other.copy_(biases[0])
+    _core.backward(
+        x,
+        h0,
+        c0,
+        weights,
+        y,
+        gates,
+        cells,
+        None if grad_y is None else _rows(grad_y),
+        None if grad_h is None else grad_h.contiguous(),
+        None if grad_c is None else grad_c.contiguous(),
+        dx,
+        dweights,
+        dh0,
+        dc0,
+        False,
+        torch.get_num_threads(),
+    )
     summed = None if dx is None else dx[0] if directions == 1 else dx[0].add_(dx[1])
-    return (summed, dh0, dc0 if needs_c0 else None, *dw)
+    return (summed, dh0, dc0 if needs_c0 else None, *dweights)
 
 
 def _differentiable_backward(
@@ -272,7 +198,7 @@ def _layer(
     x: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
-    weights: tuple[Tensor, ...],
+    weights: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     if torch.is_grad_enabled():
         for tensor in (x, h0, c0, *weights):
@@ -292,15 +218,22 @@ class LSTM(torch.nn.LSTM):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Run over `input`: shapes, results and errors of `torch.nn.LSTM`."""
-        if _observed():
-            return super().forward(input, hx)
         # Read anew at every call, wherever weight_norm, parametrize or functional_call put them.
         own = self._parameters
         weights: list[Any] = [
             own[n] if n in own else getattr(self, n, None) for n in self._flat_weights_names
         ]
-        if not self._served(input, hx, weights):
+        directions = 2 if self.bidirectional else 1
+        layers = self.num_layers
+        if _observed():
             return super().forward(input, hx)
+        sizes = (self.input_size, self.hidden_size, layers, directions, self.batch_first, 3)
+        if not _core.fits(input, hx, weights, *sizes):
+            self._check(input, hx, weights)
+            packed = _packed(input, hx, weights)
+            if not _core.fits(*packed, *sizes):
+                return super().forward(input, hx)
+            input, hx, weights = packed
 
         batched = input.dim() == 3
         if not batched:
@@ -313,10 +246,8 @@ class LSTM(torch.nn.LSTM):
         if hx is not None:
             h0, c0 = hx if batched else (state.unsqueeze(1) for state in hx)
 
-        directions = 2 if self.bidirectional else 1
-        layers = self.num_layers
         if layers == 1:
-            x, h, c = _layer(directions, x, h0, c0, tuple(weights))
+            x, h, c = _layer(directions, x, h0, c0, weights)
         else:
             per_layer = len(weights) // layers
             states = []
@@ -327,7 +258,7 @@ class LSTM(torch.nn.LSTM):
                     x,
                     None if h0 is None else h0[one],
                     None if c0 is None else c0[one],
-                    tuple(weights[k * per_layer : (k + 1) * per_layer]),
+                    weights[k * per_layer : (k + 1) * per_layer],
                 )
                 states.append(state)
                 if self.dropout and self.training and k < layers - 1:
@@ -337,43 +268,17 @@ class LSTM(torch.nn.LSTM):
             return x.squeeze(1), (h.squeeze(1), c.squeeze(1))
         return x.transpose(0, 1) if self.batch_first else x, (h, c)
 
-    def _served(self, input: Any, hx: Any, weights: list[Any]) -> bool:
-        """Return whether the kernels can run this call. Whatever is not exactly right is not.
-
-        nn.LSTM's own path then runs it or raises; what it would read out of bounds or report
-        obscurely is raised here.
-        """
+    def _check(self, input: Any, hx: Any, weights: list[Any]) -> None:
+        """Raise where nn.LSTM would read out of bounds or report obscurely."""
         if any(w is None for w in weights):
-            return False
-        dtype = weights[0].dtype
+            return
         self._check_weight_shapes(weights)
-        if isinstance(input, PackedSequence):
-            if isinstance(hx, (tuple, list)) and len(hx) == 2:
-                self.check_forward_args(input.data, (hx[0], hx[1]), input.batch_sizes)
-            elif hx is None:
-                self.check_input(input.data, input.batch_sizes)
-            return False
-        _check_state_dtype(hx, dtype)
-        if self.proj_size or (dtype is not torch.float32 and dtype is not torch.float64):
-            return False
-        if not _plain(input, dtype) or not all(_plain(w, dtype) for w in weights):
-            return False
-        batched = input.dim() == 3
-        if not batched and input.dim() != 2:
-            return False
-        shape = input.shape
-        if shape[-1] != self.input_size:
-            return False
-        T, N = (shape[0], 1) if not batched else shape[1::-1] if self.batch_first else shape[:2]
-        if T == 0 or N == 0:
-            return False
-        if hx is None:
-            return True
-        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
-            return False
-        count = self.num_layers * (2 if self.bidirectional else 1)
-        state = (count, N, self.hidden_size) if batched else (count, self.hidden_size)
-        return all(_plain(s, dtype) and s.shape == state for s in hx)
+        if not isinstance(input, PackedSequence):
+            _check_state_dtype(hx, weights[0].dtype)
+        elif isinstance(hx, (tuple, list)) and len(hx) == 2:
+            self.check_forward_args(input.data, (hx[0], hx[1]), input.batch_sizes)
+        elif hx is None:
+            self.check_input(input.data, input.batch_sizes)
 
     def _check_weight_shapes(self, weights: list[Any]) -> None:
         H, P = self.hidden_size, self.proj_size or self.hidden_size
@@ -400,39 +305,24 @@ class LSTMCell(torch.nn.LSTMCell):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Run one step on `input`: shapes, results and errors of `torch.nn.LSTMCell`."""
-        if _observed() or not self._served(input, hx):
+        weights: list[Any] = [self.weight_ih, self.weight_hh]
+        if self.bias:
+            weights += [self.bias_ih, self.bias_hh]
+        if _observed():
             return super().forward(input, hx)
+        sizes = (self.input_size, self.hidden_size, 1, 1, False, 2)
+        if not _core.fits(input, hx, weights, *sizes):
+            packed = _packed(input, hx, weights)
+            if not _core.fits(*packed, *sizes):
+                return super().forward(input, hx)
+            input, hx, weights = packed
         batched = input.dim() == 2
         x = input.unsqueeze(0) if batched else input.view(1, 1, -1)
         h0 = c0 = None
         if hx is not None:
             h0, c0 = (s.unsqueeze(0) if batched else s.view(1, 1, -1) for s in hx)
-        weights: Any = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-        _, h, c = _layer(1, x, h0, c0, weights if self.bias else weights[:2])
+        _, h, c = _layer(1, x, h0, c0, weights)
         return (h.squeeze(0), c.squeeze(0)) if batched else (h.view(-1), c.view(-1))
-
-    def _served(self, input: Any, hx: Any) -> bool:
-        D, H = self.input_size, self.hidden_size
-        weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-        shapes = ((4 * H, D), (4 * H, H), (4 * H,), (4 * H,))
-        dtype = getattr(weights[0], "dtype", None)
-        if (dtype is not torch.float32 and dtype is not torch.float64) or D == 0 or H == 0:
-            return False
-        for weight, shape in zip(weights, shapes, strict=True):
-            if weight is None and not self.bias and len(shape) == 1:
-                continue
-            if not _plain(weight, dtype) or weight.shape != shape:
-                return False
-        if not _plain(input, dtype) or input.dim() not in (1, 2):
-            return False
-        batch = input.shape[:-1]
-        if input.shape[-1] != D or batch == (0,):
-            return False
-        if hx is None:
-            return True
-        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
-            return False
-        return all(_plain(s, dtype) and s.shape == (*batch, H) for s in hx)
 
 
 def convert(model: _Module) -> _Module:
