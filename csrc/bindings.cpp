@@ -31,13 +31,20 @@ template <class T>
 T* at(const Array& array, int64_t place) {
   return array.data ? static_cast<T*>(array.data) + place : nullptr;
 }
-// Rows of a (T, N, columns) array from column `place` on.
+// Rows of a (T, N, columns) array, or of the (N, columns) of a cell, from column `place` on.
 template <class T>
 Rows<T> rows(const Array& array, int64_t place = 0) {
-  return {at<T>(array, place), array.step[0], array.step[1], array.shape[1]};
+  const int d = array.dims - 2;
+  if (d < 0) return {};
+  return {at<T>(array, place), d ? array.step[0] : 0, array.step[d], array.shape[d]};
 }
 
 using Arrays = std::vector<Array>;
+
+Sizes sizes(const Array& x, const Arrays& weights) {
+  const int d = x.dims - 2;
+  return {d ? x.shape[0] : 1, x.shape[d], x.shape[d + 1], weights[1].shape[1]};
+}
 
 // Direction d of a layer whose weights stand one direction after the other.
 template <class T>
@@ -54,8 +61,8 @@ void run_forward(Array x, Array h0, Array c0, const Arrays& weights, Array y, Ar
   py::gil_scoped_release release;
   with_type(y.itemsize, [&](auto* type) {
     using E = std::remove_pointer_t<decltype(type)>;
-    const int64_t T = x.shape[0], N = x.shape[1], D = x.shape[2], H = h_n.shape[2];
-    const int directions = int(h_n.shape[0]);
+    const auto [T, N, D, H] = sizes(x, weights);
+    const int directions = int(y.shape[y.dims - 1] / H);
     Forward<E> passes[2];
     for (int d = 0; d < directions; ++d)
       passes[d] = {{T, N, D, H},
@@ -76,10 +83,10 @@ void run_backward(Array x, Array h0, Array c0, const Arrays& weights, Array y, A
                   Array cells, Array grad_y, Array grad_h, Array grad_c, Array dx,
                   const Arrays& dweights, Array dh0, Array dc0, bool reverse, int threads) {
   py::gil_scoped_release release;
-  with_type(y.itemsize, [&](auto* type) {
+  with_type(dc0.itemsize, [&](auto* type) {
     using E = std::remove_pointer_t<decltype(type)>;
-    const int64_t T = x.shape[0], N = x.shape[1], D = x.shape[2], H = dc0.shape[2];
-    const int directions = int(dc0.shape[0]);
+    const auto [T, N, D, H] = sizes(x, weights);
+    const int directions = dc0.dims == 3 ? int(dc0.shape[0]) : 1;
     const size_t count = weights.size() / size_t(directions);
     Backward<E> passes[2];
     for (int d = 0; d < directions; ++d) {

@@ -108,15 +108,14 @@ class ForwardPass {
       }
     }
 
-    const int64_t j0 = p0 * lanes, j1 = std::min(p1 * lanes, hidden);
-    for (int64_t n = n0; n < n1; ++n) {
-      const T* h = y.at(steps - 1, n);
-      std::copy(h + j0, h + j1, in.h_n + n * hidden + j0);
-      if (in.cells) {
-        const T* c = kept_cells.at(steps - 1, n);
-        std::copy(c + j0, c + j1, in.c_n + n * hidden + j0);
-      }
-    }
+    const auto last = [&, n0 = n0, n1 = n1, p0 = p0, p1 = p1, hidden = hidden](Rows<const T> from,
+                                                                               T* to) {
+      for (int64_t n = n0; n < n1; ++n)
+        std::copy(from.at(0, n) + p0 * lanes, from.at(0, n) + std::min(p1 * lanes, hidden),
+                  to + n * hidden + p0 * lanes);
+    };
+    if (in.h_n) last(y.block(steps - 1, 0, batch), in.h_n);
+    if (in.c_n && in.cells) last(kept_cells.block(steps - 1, 0, batch), in.c_n);
   }
 
  private:

@@ -66,8 +66,8 @@ struct Forward {
   const T* h0;      // (N, H) or null: zeros
   const T* c0;      // (N, H) or null: zeros
   Rows<T> y;        // (T, N, H)  h_t, at the time of x_t
-  T* h_n;           // (N, H)
-  T* c_n;           // (N, H)
+  T* h_n;           // (N, H) or null
+  T* c_n;           // (N, H), or null where cells is not
   T* gates;         // (T, N, 4, H) i f g o after their activations, or null: keep nothing
   T* cells;         // (T, N, H) c_t, or null
 };
@@ -80,7 +80,7 @@ struct Backward {
   Rows<const T> x;       // (T, N, D)
   const T* h0;           // (N, H) or null: zeros
   const T* c0;           // (N, H) or null: zeros
-  Rows<const T> y;       // (T, N, H)      as the forward pass left it
+  Rows<const T> y;       // (T, N, H)      as the forward pass left it; not read where T is 1
   const T* gates;        // (T, N, 4, H)   likewise
   const T* cells;        // (T, N, H)      likewise
   Rows<const T> grad_y;  // (T, N, H), data null: zeros

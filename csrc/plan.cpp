@@ -13,7 +13,10 @@ constexpr double kL2Bytes = 512 << 10;   // what a core's own cache holds beside
 constexpr double kNearBytesPerCycle = 32;  // from L2
 constexpr double kFarBytesPerCycle = 8;    // from L3 or memory
 constexpr double kCellCycles = 100;        // gates, c and h of one vector of units
-constexpr int64_t kDirectRows = 8;         // T * N up to which packing the weights does not pay
+// Packing the weights does not pay for so few rows (T * N) in so few steps.
+constexpr int64_t kDirectSteps = 4;
+constexpr int64_t kDirectRowsForward = 32;
+constexpr int64_t kDirectRowsBackward = 128;
 // The input product belongs in the step, unless so few batch rows share the weights that many times
 // at once use them better, and the input is not short either.
 constexpr int64_t kBatchInStep = 4;
@@ -58,13 +61,15 @@ void choose_grid(const Sizes& s, const Machine& m, const StepWork& work, int thr
     }
 }
 
-bool few_rows(const Sizes& s) { return double(s.steps) * double(s.batch) <= kDirectRows; }
+bool direct(const Sizes& s, int64_t most_rows) {
+  return s.steps <= kDirectSteps && s.batch <= most_rows / s.steps;
+}
 
 }  // namespace
 
 Plan plan_forward(const Sizes& s, const Machine& m, int threads) {
   Plan plan;
-  plan.direct = few_rows(s);
+  plan.direct = direct(s, kDirectRowsForward);
   plan.input_in_step = plan.direct || s.batch >= kBatchInStep || s.input <= kInputInStep;
   choose_grid(s, m, {double(s.hidden + s.input), ceil_div(s.hidden, m.lanes), 0}, threads, &plan);
   plan.block = std::clamp<int64_t>(kForwardBlockRows / std::max<int64_t>(1, s.batch), 1, s.steps);
@@ -73,7 +78,7 @@ Plan plan_forward(const Sizes& s, const Machine& m, int threads) {
 
 Plan plan_backward(const Sizes& s, const Machine& m, int threads) {
   Plan plan;
-  plan.direct = few_rows(s);
+  plan.direct = direct(s, kDirectRowsBackward);
   const double gates = 4 * double(s.hidden);
   const double spread =
       double(s.batch) * gates * double(2 * s.input + s.hidden) / double(2 * m.lanes);

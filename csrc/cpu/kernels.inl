@@ -314,19 +314,22 @@ void step_forward(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p0, 
   });
 }
 
-// total[r] += a[k] * w[r][k], summed over k within the lanes, for R neighbouring rows of w.
-template <class T, int R>
-FASTLSTM_INLINE void dot_rows(const T* a, int64_t depth, const T* w, Vec<T> (&total)[R]) {
+// total[r][m] += a[m][k] * w[r][k], summed over k within the lanes, for R neighbouring rows of w.
+template <class T, int R, int M>
+FASTLSTM_INLINE void dot_rows(const T* const (&a)[M], int64_t depth, const T* w,
+                              Vec<T> (&total)[R][M]) {
   constexpr int VL = lanes<T>();
+  const auto add = [&](int64_t k, auto part) {
+    Vec<T> row[M];
+    for (int m = 0; m < M; ++m) row[m] = part.get(a[m] + k);
+    for (int r = 0; r < R; ++r) {
+      const Vec<T> column = part.get(w + r * depth + k);
+      for (int m = 0; m < M; ++m) total[r][m] = fma(row[m], column, total[r][m]);
+    }
+  };
   int64_t k = 0;
-  for (; k + VL <= depth; k += VL) {
-    const Vec<T> v = load(a + k);
-    for (int r = 0; r < R; ++r) total[r] = fma(v, load(w + r * depth + k), total[r]);
-  }
-  if (k < depth) {
-    const Vec<T> v = load(a + k, depth - k);
-    for (int r = 0; r < R; ++r) total[r] = fma(v, load(w + r * depth + k, depth - k), total[r]);
-  }
+  for (; k + VL <= depth; k += VL) add(k, AllLanes());
+  if (k < depth) add(k, FirstLanes{depth - k});
 }
 
 // The same step on weights as they are, along their rows: for so few rows of x that packing the
@@ -334,32 +337,41 @@ FASTLSTM_INLINE void dot_rows(const T* a, int64_t depth, const T* w, Vec<T> (&to
 template <class T>
 void step_forward_direct(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p0, int64_t p1) {
   constexpr int VL = lanes<T>();
-  constexpr int R = 4;  // rows at a time share the loads of x and h
+  constexpr int R = 4;  // rows of weights at a time share the loads of x and h
   const int64_t H = in.hidden;
   for (int64_t p = p0; p < p1; ++p) {
     const int64_t unit = p * VL;
     const int64_t width = H - unit < VL ? H - unit : VL;
     with_lanes<T>(H - unit, [&](auto part) {
-      for (int64_t n = n0; n < n1; ++n) {
-        Vec<T> z[4];
-        const T* start = in.start.at(0, n) + unit;
+      for_tiles(n0, n1, [&](int64_t n, auto rows) {
+        constexpr int M = decltype(rows)::value;
+        const T *x[M], *h[M];
+        for (int m = 0; m < M; ++m) {
+          x[m] = in.x.at(0, n + m);
+          h[m] = in.h_prev.at(0, n + m);
+        }
+        Vec<T> z[M][4];
         for (int gate = 0; gate < 4; ++gate) {
-          Vec<T> sums[VL] = {};
-          const auto add = [&](auto rows, int64_t l) {
-            constexpr int count = decltype(rows)::value;
-            Vec<T> total[count] = {};
+          Vec<T> sums[M][VL];
+          const auto add = [&](auto count, int64_t l) {
+            constexpr int C = decltype(count)::value;
+            Vec<T> total[C][M] = {};
             const int64_t row = gate * H + unit + l;
-            dot_rows<T>(in.x.at(0, n), in.input, in.w_ih + row * in.input, total);
-            dot_rows<T>(in.h_prev.at(0, n), H, in.w_hh + row * H, total);
-            for (int r = 0; r < count; ++r) sums[l + r] = total[r];
+            dot_rows<T>(x, in.input, in.w_ih + row * in.input, total);
+            dot_rows<T>(h, H, in.w_hh + row * H, total);
+            for (int r = 0; r < C; ++r)
+              for (int m = 0; m < M; ++m) sums[m][l + r] = total[r][m];
           };
           int64_t l = 0;
           for (; l + R <= width; l += R) add(Int<R>(), l);
           for (; l < width; ++l) add(Int<1>(), l);
-          z[gate] = sum_each<T>(sums) + part.get(start + gate * H);
+          for (; l < VL; ++l)
+            for (int m = 0; m < M; ++m) sums[m][l] = Vec<T>{};
+          for (int m = 0; m < M; ++m)
+            z[m][gate] = sum_each<T>(sums[m]) + part.get(in.start.at(0, n + m) + unit + gate * H);
         }
-        cell_forward<T>(in, n, unit, z, part);
-      }
+        for (int m = 0; m < M; ++m) cell_forward<T>(in, n + m, unit, z[m], part);
+      });
     });
   }
 }

@@ -6,6 +6,7 @@ the kernels do not serve goes torch's own way, errors included.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -117,7 +118,8 @@ class _Layer(torch.autograd.Function):
         y, gates, cells, *inputs = ctx.saved_tensors
         needed = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # create_graph=True
-            return None, *_differentiable_backward(ctx.directions, inputs, grads, needed)
+            layer = partial(_torch_layer, ctx.directions)
+            return None, *_differentiable_gradients(layer, inputs, grads, needed)
         return None, *_run_backward(ctx.directions, inputs, y, gates, cells, grads, needed)
 
 
@@ -138,10 +140,7 @@ def _run_backward(
     dx = x.new_empty(directions, T, N, D) if needs_x else None
     dh0 = x.new_empty(directions, N, H) if needs_h0 else None
     dc0 = x.new_empty(directions, N, H)
-    dweights = [
-        torch.empty_like(w) if need else None
-        for w, need in zip(weights, needs_weights, strict=True)
-    ]
+    dweights = _like(weights, needs_weights)
     _core.backward(
         x,
         h0,
@@ -164,8 +163,13 @@ def _run_backward(
     return (summed, dh0, dc0 if needs_c0 else None, *dweights)
 
 
-def _differentiable_backward(
-    directions: int,
+def _like(weights: list[Tensor], needed: list[bool]) -> list[Tensor | None]:
+    """Return memory for the gradients that are needed."""
+    return [torch.empty_like(w) if need else None for w, need in zip(weights, needed, strict=True)]
+
+
+def _differentiable_gradients(
+    function: Any,
     inputs: list[Any],
     grads: tuple[Tensor | None, ...],
     needed: tuple[bool, ...],
@@ -174,11 +178,7 @@ def _differentiable_backward(
     # Inputs may be one tensor, or depend on one another: a view each keeps the paths through the
     # others out of these gradients.
     inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
-    x, h0, c0, *weights = inputs
-    has_biases = len(weights) == 4 * directions
-    zeros = x.new_zeros((directions, x.shape[1], weights[1].shape[1]))
-    state = (zeros if h0 is None else h0, zeros if c0 is None else c0)
-    outputs = torch._VF.lstm(x, state, weights, has_biases, 1, 0.0, False, directions == 2, False)
+    outputs = function(*inputs)
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
     wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
     found = iter(
@@ -193,6 +193,22 @@ def _differentiable_backward(
     return tuple(next(found) if need else None for need in needed)
 
 
+def _torch_layer(
+    directions: int, x: Tensor, h0: Any, c0: Any, *weights: Tensor
+) -> tuple[Tensor, ...]:
+    biases = len(weights) == 4 * directions
+    zeros = x.new_zeros((directions, x.shape[1], weights[1].shape[1]))
+    state = (zeros if h0 is None else h0, zeros if c0 is None else c0)
+    y, h, c = torch._VF.lstm(x, state, weights, biases, 1, 0.0, False, directions == 2, False)
+    return y, h, c
+
+
+def _wants_grad(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, h0, c0, *weights)
+    )
+
+
 def _layer(
     directions: int,
     x: Tensor,
@@ -200,11 +216,9 @@ def _layer(
     c0: Tensor | None,
     weights: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if torch.is_grad_enabled():
-        for tensor in (x, h0, c0, *weights):
-            if tensor is not None and tensor.requires_grad:
-                result: Any = _Layer.apply(directions, x, h0, c0, *weights)  # type: ignore[no-untyped-call]
-                return result  # type: ignore[no-any-return]
+    if _wants_grad(x, h0, c0, weights):
+        result: Any = _Layer.apply(directions, x, h0, c0, *weights)  # type: ignore[no-untyped-call]
+        return result  # type: ignore[no-any-return]
     return _run_forward(x, h0, c0, weights, directions, keep=False)[:3]
 
 
@@ -297,32 +311,103 @@ class LSTM(torch.nn.LSTM):
                 raise RuntimeError(f"{name}: expected shape {expected}, got {tuple(weight.shape)}")
 
 
+class _Step(torch.autograd.Function):
+    """One step of a cell as a node of the autograd graph: x (N, D), h0 and c0 (N, H) or None."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        h, c, gates, cells = _run_step(x, h0, c0, list(weights), keep=True)
+        # Not c itself, which the caller may change in place.
+        ctx.save_for_backward(gates, cells, x, h0, c0, *weights)
+        ctx.set_materialize_grads(False)
+        return h, c
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> _Grads:
+        gates, cells, *inputs = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            return _differentiable_gradients(_torch_step, inputs, grads, ctx.needs_input_grad)
+        x, h0, c0, *weights = inputs
+        grad_h, grad_c = map(_gradient, grads)
+        needs_x, needs_h0, needs_c0, *needs_weights = ctx.needs_input_grad
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
+        dh0 = torch.empty_like(cells) if needs_h0 else None
+        dc0 = torch.empty_like(cells)
+        dweights = _like(weights, needs_weights)
+        _core.backward(
+            x,
+            h0,
+            c0,
+            weights,
+            None,
+            gates,
+            cells,
+            None,
+            None if grad_h is None else grad_h.contiguous(),
+            None if grad_c is None else grad_c.contiguous(),
+            dx,
+            dweights,
+            dh0,
+            dc0,
+            False,
+            torch.get_num_threads(),
+        )
+        return (dx, dh0, dc0 if needs_c0 else None, *dweights)
+
+
+def _run_step(
+    x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], keep: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    N, H = x.shape[0], weights[1].shape[1]
+    h, c = x.new_empty(N, H), x.new_empty(N, H)
+    gates = x.new_empty(N, 4 * H) if keep else None
+    cells = torch.empty_like(c) if keep else None
+    _core.forward(x, h0, c0, weights, h, None, c, gates, cells, False, torch.get_num_threads())
+    return h, c, gates, cells
+
+
+def _torch_step(x: Tensor, h0: Any, c0: Any, *weights: Tensor) -> tuple[Tensor, ...]:
+    zeros = x.new_zeros((x.shape[0], weights[1].shape[1]))
+    state = (zeros if h0 is None else h0, zeros if c0 is None else c0)
+    h, c = torch._VF.lstm_cell(x, state, *weights)
+    return h, c
+
+
 class LSTMCell(torch.nn.LSTMCell):
     """`torch.nn.LSTMCell` on the kernels of fastlstm: the same constructor, parameters and results.
 
     What the kernels do not serve (see :class:`LSTM`) runs as in `torch.nn.LSTMCell`.
     """
 
+    _names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Run one step on `input`: shapes, results and errors of `torch.nn.LSTMCell`."""
-        weights: list[Any] = [self.weight_ih, self.weight_hh]
-        if self.bias:
-            weights += [self.bias_ih, self.bias_hh]
         if _observed():
             return super().forward(input, hx)
+        own = self._parameters
+        weights: list[Any] = [
+            own[n] if n in own else getattr(self, n, None)
+            for n in (self._names if self.bias else self._names[:2])
+        ]
         sizes = (self.input_size, self.hidden_size, 1, 1, False, 2)
         if not _core.fits(input, hx, weights, *sizes):
             packed = _packed(input, hx, weights)
             if not _core.fits(*packed, *sizes):
                 return super().forward(input, hx)
             input, hx, weights = packed
+        h0, c0 = hx or (None, None)
         batched = input.dim() == 2
-        x = input.unsqueeze(0) if batched else input.view(1, 1, -1)
-        h0 = c0 = None
-        if hx is not None:
-            h0, c0 = (s.unsqueeze(0) if batched else s.view(1, 1, -1) for s in hx)
-        _, h, c = _layer(1, x, h0, c0, weights)
-        return (h.squeeze(0), c.squeeze(0)) if batched else (h.view(-1), c.view(-1))
+        if not batched:
+            input = input.unsqueeze(0)
+            h0, c0 = (None if state is None else state.unsqueeze(0) for state in (h0, c0))
+        if _wants_grad(input, h0, c0, weights):
+            h, c = _Step.apply(input, h0, c0, *weights)  # type: ignore[no-untyped-call]
+        else:
+            h, c, *_ = _run_step(input, h0, c0, weights, keep=False)
+        return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
 
 
 def convert(model: _Module) -> _Module:
