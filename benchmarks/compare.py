@@ -11,16 +11,14 @@ import argparse
 import json
 import shlex
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import machine
 import report
 from cases import CASES, GROUPS, Case
-from measure import Settings, active_isa, measure_case, start_worker, summarise
+from measure import Settings, active_isa, measure_case, summarise, worker
 from peers import OURS, PEERS
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -55,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     made = parser()
     args = made.parse_args(arguments)
-    args.command = command(made, args)
+    args.command = command(made, args, "benchmarks/compare.py")
     cpus = len(machine.available_cpus())
     for threads in args.threads:
         if not 1 <= threads <= cpus:
@@ -76,9 +74,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def command(made: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+def command(made: argparse.ArgumentParser, args: argparse.Namespace, script: str) -> str:
     """What to type for the same numbers: the options that were given, without those for output."""
-    words = ["python", "benchmarks/compare.py"]
+    words = ["python", script]
     for action in made._actions:
         value = getattr(args, action.dest, None)
         if action.dest in ("json", "plot", "results") or value in (None, action.default):
@@ -133,13 +131,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 args.seconds,
                 args.rounds,
             )
-            with ProcessPoolExecutor(1, get_context("spawn"), start_worker, (threads,)) as worker:
-                with machine.bound_to(machine.available_cpus()[:threads]):
-                    first = worker.submit(active_isa)  # starts the process, which is bound with us
-                data["isa"] = first.result()
+            with worker(machine.available_cpus()[:threads]) as process:
+                data["isa"] = process.submit(active_isa).result()
                 for case in args.cases:
                     progress.update(task, description=f"{threads} thread(s), {case.name}")
-                    data["rows"] += worker.submit(measure_case, case, settings).result()
+                    data["rows"] += process.submit(measure_case, case, settings).result()
                     progress.advance(task)
     data["geometric_means"] = summarise(data["rows"])
     return data

@@ -12,15 +12,17 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 from statistics import geometric_mean, median, quantiles
 from typing import Any
 
 import numpy as np
 import torch
 from cases import GROUPS, Arrays, Case, Problem
-from machine import available_cpus, busy_seconds
+from machine import available_cpus, bound_to, busy_seconds
 from peers import OURS, PEERS, Prepared, torch_lstm
 
 Row = dict[str, Any]
@@ -39,6 +41,16 @@ class Settings:
     threads: int
     seconds: float
     rounds: int
+
+
+@contextmanager
+def worker(cpus: list[int]) -> Iterator[ProcessPoolExecutor]:
+    """A process of its own, on these CPUs from its start, with as many threads."""
+    with ProcessPoolExecutor(1, get_context("spawn"), start_worker, (len(cpus),)) as process:
+        with bound_to(cpus):
+            first = process.submit(active_isa)  # starts the process, which is bound with us
+        first.result()
+        yield process
 
 
 def start_worker(threads: int) -> None:
@@ -62,18 +74,7 @@ def measure_case(case: Case, settings: Settings) -> list[Row]:
     rows = []
     for mode in settings.modes:
         training = mode == "training"
-        row: Row = {
-            "case": case.name,
-            "group": case.group,
-            **{size: getattr(case, size) for size in ("T", "N", "D", "H", "num_layers")},
-            "bidirectional": case.bidirectional,
-            "mode": mode,
-            "threads": settings.threads,
-            "dtype": settings.dtype,
-            "flops": case.flops(training),
-            "peers": {},
-            "left_out": {},
-        }
+        row = new_row(case, mode, settings)
         calls: dict[str, Callable[[], Any]] = {}
         with torch.set_grad_enabled(training):
             for name in settings.peers:
@@ -99,6 +100,21 @@ def measure_case(case: Case, settings: Settings) -> list[Row]:
     return rows
 
 
+def new_row(case: Case, mode: str, settings: Settings) -> Row:
+    return {
+        "case": case.name,
+        "group": case.group,
+        **{size: getattr(case, size) for size in ("T", "N", "D", "H", "num_layers")},
+        "bidirectional": case.bidirectional,
+        "mode": mode,
+        "threads": settings.threads,
+        "dtype": settings.dtype,
+        "flops": case.flops(mode == "training"),
+        "peers": {},
+        "left_out": {},
+    }
+
+
 def reference(problem: Problem, training: bool) -> Arrays:
     """The results of torch.nn.LSTM in float64, on the same numbers."""
     with torch.set_grad_enabled(training):
@@ -122,15 +138,17 @@ def check(prepared: Prepared, expected: Arrays, tolerance: float) -> dict[str, f
 
 
 @contextmanager
-def watch(row: Row) -> Iterator[None]:
+def watch(
+    row: Row, cpus: list[int] | None = None, own_seconds: Callable[[], float] = time.process_time
+) -> Iterator[None]:
     """Note how much of the CPUs everyone else had meanwhile: a busy machine spoils the numbers."""
-    cpus = available_cpus()
-    wall, busy, own = time.perf_counter(), busy_seconds(cpus), time.process_time()
+    cpus = cpus or available_cpus()
+    wall, busy, own = time.perf_counter(), busy_seconds(cpus), own_seconds()
     yield
     wall, busy, own = (
         time.perf_counter() - wall,
         busy_seconds(cpus) - busy,
-        time.process_time() - own,
+        own_seconds() - own,
     )
     row["percent_taken_by_others"] = max(0.0, 100 * (busy - own) / (wall * len(cpus)))
 
@@ -190,18 +208,7 @@ def timed(call: Callable[[], Any], number: int) -> float:
 def summarise(rows: list[Row]) -> list[Row]:
     """Put medians, ratios and speeds into the rows; return the geometric means of the groups."""
     for row in rows:
-        ours = row["peers"][OURS]["samples"]
-        for measured in row["peers"].values():
-            ratios = [theirs / own for theirs, own in zip(measured["samples"], ours, strict=True)]
-            measured["seconds"] = median(measured["samples"])
-            measured["ratio"] = median(ratios)
-            if len(ratios) > 1:
-                low, _, high = quantiles(ratios, n=4)
-                measured["ratio_quartiles"] = [low, high]
-            measured["gflops"] = row["flops"] / measured["seconds"] / 1e9
-            pairs = zip(measured["samples"], row["fma_peak_gflops"], strict=True)
-            shares = [row["flops"] / seconds / (peak * 1e9) for seconds, peak in pairs]
-            measured["percent_of_peak"] = 100 * median(shares)
+        summarise_row(row)
 
     means = []
     for first in unique(rows, "mode", "threads"):
@@ -223,6 +230,21 @@ def summarise(rows: list[Row]) -> list[Row]:
                     }
                 )
     return means
+
+
+def summarise_row(row: Row) -> None:
+    ours = row["peers"][OURS]["samples"]
+    for measured in row["peers"].values():
+        ratios = [theirs / own for theirs, own in zip(measured["samples"], ours, strict=True)]
+        measured["seconds"] = median(measured["samples"])
+        measured["ratio"] = median(ratios)
+        if len(ratios) > 1:
+            low, _, high = quantiles(ratios, n=4)
+            measured["ratio_quartiles"] = [low, high]
+        measured["gflops"] = row["flops"] / measured["seconds"] / 1e9
+        pairs = zip(measured["samples"], row["fma_peak_gflops"], strict=True)
+        shares = [row["flops"] / seconds / (peak * 1e9) for seconds, peak in pairs]
+        measured["percent_of_peak"] = 100 * median(shares)
 
 
 def mean(rows: list[Row], peer: str, quantity: str) -> float:

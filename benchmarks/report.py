@@ -122,34 +122,46 @@ def slower_lines(data: dict[str, Any]) -> list[str]:
 
 def facts(data: dict[str, Any]) -> list[tuple[str, str]]:
     machine = data["machine"]
+    timed = [row for row in data["rows"] if "fma_peak_gflops" in row]
     peaks = []
-    for first in unique(data["rows"], "threads"):
-        rows = alike(data["rows"], first, "threads")
+    for first in unique(timed, "threads"):
+        rows = alike(timed, first, "threads")
         samples = sorted(peak for row in rows for peak in row["fma_peak_gflops"])
         peaks.append(
             f"{median(samples):.0f} GFLOP/s ({samples[0]:.0f} to {samples[-1]:.0f}) "
             f"on {threads_text(first['threads'])}"
         )
-    taken = [row["percent_taken_by_others"] for row in data["rows"]]
-    return [
+    found = [
         ("Date", data["date"]),
         ("Machine", f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['caches']}"),
         ("Memory, system", f"{machine['memory']}, {machine['system']}"),
         ("fastlstm kernels", data["isa"]),
-        (f"FMA peak, {data['settings']['dtype']}", ", ".join(peaks)),
         ("Versions", ", ".join(f"{name} {text}" for name, text in data["versions"].items())),
-        (
-            "CPU time others took",
-            f"{median(taken):.0f}% while measuring, {max(taken):.0f}% in the worst row",
-        ),
         ("Command", data["command"]),
     ]
+    if peaks:
+        found.insert(4, (f"FMA peak, {data['settings']['dtype']}", ", ".join(peaks)))
+    key = "percent_taken_by_others"
+    if taken := [row[key] for row in data["rows"] if key in row]:
+        others = f"{median(taken):.0f}% while measuring, {max(taken):.0f}% in the worst row"
+        found.insert(-1, ("CPU time others took", others))
+    return found
 
 
 def print_report(data: dict[str, Any], console: Console) -> None:
+    print_facts(data, console)
+    print_sheets(sheets(data), console)
+    for text in slower_lines(data):
+        console.print(text, highlight=False, markup=False)
+
+
+def print_facts(data: dict[str, Any], console: Console) -> None:
     for name, text in facts(data):
         console.print(f"[bold]{name}[/]: {text}", highlight=False)
-    for sheet in sheets(data):
+
+
+def print_sheets(sheets: list[Sheet], console: Console) -> None:
+    for sheet in sheets:
         table = Table(
             title=sheet.title,
             title_style="bold",
@@ -167,27 +179,40 @@ def print_report(data: dict[str, Any], console: Console) -> None:
         for line in sheet.rows:
             table.add_row(*line, style="bold" if len(line) == 1 else None)
         console.print(table, "")
-    for text in slower_lines(data):
-        console.print(text, highlight=False, markup=False)
 
 
 def write_markdown(data: dict[str, Any], path: Path, picture: Path | None) -> None:
-    lines = ["# Results", "", "Written by `benchmarks/compare.py --results`; not edited by hand."]
+    lines = opening(data, "Results", "benchmarks/compare.py")
+    lines += ["", METHOD, "", *(f"- {line}" for line in slower_lines(data))]
+    lines += picture_lines(path, picture, "How many times faster fastlstm is, case by case")
+    for sheet in sheets(data):
+        lines += ["", f"## {sheet.title}", *table_lines(sheet)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def opening(data: dict[str, Any], title: str, script: str) -> list[str]:
+    lines = [f"# {title}", "", f"Written by `{script} --results`; not edited by hand."]
     lines += ["", "| | |", "|---|---|"]
     for name, text in facts(data):
         lines.append(f"| {name} | {f'`{text}`' if name == 'Command' else text} |")
-    lines += ["", METHOD, "", *(f"- {line}" for line in slower_lines(data))]
-    if picture is not None and picture.resolve().parent == path.resolve().parent:
-        lines += ["", f"![How many times faster fastlstm is, case by case]({picture.name})"]
-    for sheet in sheets(data):
-        header = " | ".join(sheet.header).replace("\n", "<br>")
-        lines += ["", f"## {sheet.title}", "", f"| {header} |"]
-        lines.append("|---" + "|--:" * (len(sheet.header) - 1) + "|")
-        for row in sheet.rows:
-            blank = [""] * (len(sheet.header) - 1)
-            cells = [f"**{row[0]}**", *blank] if len(row) == 1 else row
-            lines.append(f"| {' | '.join(cells)} |")
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return lines
+
+
+def picture_lines(path: Path, picture: Path | None, text: str) -> list[str]:
+    """The picture, if it lies beside the file that is to show it."""
+    if picture is None or picture.resolve().parent != path.resolve().parent:
+        return []
+    return ["", f"![{text}]({picture.name})"]
+
+
+def table_lines(sheet: Sheet) -> list[str]:
+    header = " | ".join(sheet.header).replace("\n", "<br>")
+    lines = ["", f"| {header} |", "|---" + "|--:" * (len(sheet.header) - 1) + "|"]
+    for row in sheet.rows:
+        blank = [""] * (len(sheet.header) - 1)
+        cells = [f"**{row[0]}**", *blank] if len(row) == 1 else row
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def draw(data: dict[str, Any], path: Path) -> None:

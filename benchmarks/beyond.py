@@ -1,0 +1,123 @@
+"""Show what the table of compare.py cannot: cells, memory, long sequences, first calls, company.
+
+python benchmarks/beyond.py                      every part this machine can run: some five minutes
+python benchmarks/beyond.py --quick              the same in less than two, to see that it works
+python benchmarks/beyond.py --parts memory growth --plot growth.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import beyond_report
+import machine
+from compare import command
+from crowded import crowded
+from measure import Row, active_isa
+from memory import growth, memory
+from parts import Plan, cell, first, scaling
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+
+@dataclass(frozen=True)
+class Part:
+    run: Callable[[Plan], list[Row]]
+    cpus: int = 1  # that it needs
+
+
+PARTS = {
+    "cell": Part(cell),
+    "memory": Part(memory),
+    "growth": Part(growth),
+    "first": Part(first),
+    "crowded": Part(crowded, cpus=2),
+    "scaling": Part(scaling, cpus=2),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = made.add_argument
+    add("--parts", nargs="+", choices=PARTS, help="default: all that this machine can run")
+    add("--seconds", type=float, default=1.0, help="for each row of cell, growth and scaling")
+    add("--rounds", type=int, default=3, help="at least so many, even past --seconds (default: 3)")
+    add("--quick", action="store_true", help="few cases, --seconds 0.2 --rounds 2")
+    add("--json", type=Path, metavar="PATH", help="write everything, raw samples too")
+    add("--plot", type=Path, metavar="PATH", help="write a picture of growth (.png, .svg, .pdf)")
+    add("--results", type=Path, metavar="PATH", help="write the tables as markdown")
+    return made
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    made = parser()
+    args = made.parse_args(arguments)
+    args.command = command(made, args, "benchmarks/beyond.py")
+    if args.rounds < 1 or args.seconds < 0:
+        made.error("--rounds must be at least 1, --seconds at least 0")
+    if args.quick:
+        args.seconds, args.rounds = 0.2, 2
+    cpus = len(machine.available_cpus())
+    for name in args.parts or []:
+        if PARTS[name].cpus > cpus:
+            made.error(f"{name} needs {PARTS[name].cpus} CPUs, this process may use {cpus}")
+    chosen = args.parts or [name for name, part in PARTS.items() if part.cpus <= cpus]
+    args.parts = [name for name in PARTS if name in chosen]
+    if args.plot and "growth" not in args.parts:
+        made.error("--plot shows the part growth")
+    return args
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": args.command,
+        "machine": machine.describe(),
+        "versions": machine.versions(),
+        "isa": active_isa(),
+        "settings": {
+            "dtype": "float32",
+            **{key: getattr(args, key) for key in ("parts", "seconds", "rounds", "quick")},
+        },
+        "rows": [],
+    }
+    columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("")
+        for name in args.parts:
+
+            def tell(what: str, name: str = name) -> None:
+                progress.update(task, description=f"{name}: {what}")
+
+            for row in PARTS[name].run(Plan(args.seconds, args.rounds, args.quick, tell)):
+                data["rows"].append({"part": name, **row})
+    return data
+
+
+def main() -> None:
+    args = parse()
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    data = run(args)
+    beyond_report.print_report(data, console)
+    if args.json:
+        args.json.write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
+    if args.plot:
+        beyond_report.draw(data, args.plot)
+    if args.results:
+        beyond_report.write_markdown(data, args.results, args.plot)
+    for path in (args.json, args.plot, args.results):
+        if path:
+            print(f"wrote {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
