@@ -106,24 +106,21 @@ class BackwardPass {
     const int64_t gates = 4 * hidden;
     const int threads = plan.threads();
 
-    const auto in_order = [&, count = steps](auto rows) {
-      return in.layer.reverse ? rows.flipped(count) : rows;
-    };
-    const Rows<const T> x = in_order(in.x);
-    const Rows<const T> y = in_order(in.y);
-    const Rows<const T> kept_gates = in_order(Rows<const T>{in.gates, batch * gates, gates, batch});
-    const Rows<const T> kept_cells =
-        in_order(Rows<const T>{in.cells, batch * hidden, hidden, batch});
-    const Rows<const T> grad_y = in_order(in.grad_y);
-    const Rows<T> dx = in_order(in.dx);
+    const Active active(in);
+    const Series<const T> x(in.x, in);
+    const Series<const T> y(in.y, in);
+    const Series<const T> kept_gates({in.gates, batch * gates, gates, batch}, in);
+    const Series<const T> kept_cells({in.cells, batch * hidden, hidden, batch}, in);
+    const Series<const T> grad_y(in.grad_y, in);
+    const Series<T> dx(in.dx, in);
     const Rows<const T> grad_h{in.grad_h, 0, hidden, batch};
     const Rows<T> dc{in.dc0, 0, hidden, batch};
-    const Rows<T> dz{dz_, batch * gates, gates, batch};
+    const Rows<T> dz{dz_, gates, 0, 1};  // the rows of a block, step after step
     const Panels<T> x_panels = x_shape_.packed(x_, plan.block * batch);
     const Panels<T> h_panels = h_shape_.packed(h_, plan.block * batch);
 
     const int group = id / plan.panel_groups, member = id % plan.panel_groups;
-    const auto [n0, n1] = share(batch, plan.row_groups, group);
+    const auto [n0, n1] = active.group(plan.row_groups, group);
     const auto [p0, p1] = share(w_hh_.shape.count, plan.panel_groups, member);
     const auto [m0, m1] = share(gates, threads, id);  // rows of the weight gradients
     T* const strip = strips_ + id * kStrip * kDepth;
@@ -154,56 +151,76 @@ class BackwardPass {
       product.accumulate = !first;
       kernel.product(product, 0, count, 0, shape.count);
     };
-    // C = dz W for batch rows n0..n1 at `count` times, the panels cut among the row group.
-    const auto through = [&](const Right<T>& right, Rows<T> to, int64_t count) {
+    // C = dz W for rows m0 <= m < m1 of both, the panels cut among the row group.
+    const auto through = [&](const Right<T>& right, Rows<const T> from, Rows<T> to, int64_t count) {
       Product<T> product;
-      product.a = dz.block(0, n0, n1 - n0);
+      product.a = from;
       product.depth = gates;
       product.b = right.panels;
       product.c = to;
       product.columns = {right.columns, false};
       product.start = nullptr;
       product.accumulate = false;
-      const auto [from, past] = share(right.shape.count, plan.panel_groups, member);
-      kernel.product(product, 0, count * (n1 - n0), from, past);
+      const auto [first, past] = share(right.shape.count, plan.panel_groups, member);
+      kernel.product(product, 0, count, first, past);
     };
+    // dz of the rows n, n + 1, ... of the batch, `row` rows into the block.
+    const auto dz_at = [&](int64_t row, int64_t n, int64_t count) {
+      return Rows<T>{dz_ + (row + n) * gates, batch * gates, gates, count};
+    };
+    const int64_t carried = plan.block * batch;  // where dz of the step after the block stands
 
     for (int64_t s1 = steps; s1 > 0; s1 -= std::min(plan.block, s1)) {
-      const int64_t count = std::min(plan.block, s1), s0 = s1 - count;
-      const int64_t rows = count * batch;
+      const int64_t s0 = s1 - std::min(plan.block, s1);
+      const int64_t rows = active.total(s0, s1);
       const bool last = s1 == steps;
+      int64_t row = rows;  // of dz, where step s begins
       for (int64_t s = s1 - 1; s >= s0; --s) {
+        const int64_t later = s == s1 - 1 ? carried : row;
+        row -= active.at(s);
         StepBackward<T> step;
         step.step = s;
         step.hidden = hidden;
-        step.grad_y = grad_y.data ? grad_y.block(s, 0, batch) : grad_y;
-        step.grad_h = s == steps - 1 ? grad_h : Rows<const T>{};
-        step.dz_next = s == steps - 1 ? Rows<const T>{}
-                                      : dz.block(s == s1 - 1 ? plan.block : s - s0 + 1, 0, batch);
+        step.grad_y = in.grad_y.data ? grad_y.block(s, 0, batch) : Rows<const T>{};
         step.w_hh = w_hh_.panels;
         step.gates = kept_gates.block(s, 0, batch);
         step.c = kept_cells.block(s, 0, batch);
-        step.c_prev = s == 0 ? state_.c0() : kept_cells.block(s - 1, 0, batch);
         step.dc = dc;
-        step.dz = dz.block(s - s0, 0, batch);
-        kernel.step_backward(step, n0, n1, p0, p1);
+        step.dz = dz_at(row, 0, batch);
+        // Sequences that have a step before this one or not, and one after it or not.
+        const int64_t before = active.with_before(s), after = active.with_after(s);
+        const int64_t edges[] = {0, std::min(before, after), std::max(before, after), active.at(s)};
+        for (int k = 0; k < 3; ++k) {
+          const int64_t from = std::max(n0, edges[k]), past = std::min(n1, edges[k + 1]);
+          if (from >= past) continue;
+          const bool ends = from >= after;
+          step.grad_h = ends ? grad_h : Rows<const T>{};
+          step.dz_next = ends ? Rows<const T>{} : dz_at(later, 0, batch);
+          step.c_prev = from < before ? kept_cells.block(s - 1, 0, batch) : state_.c0();
+          kernel.step_backward(step, from, past, p0, p1);
+        }
         row_group_[size_t(group)].wait(plan.panel_groups);
+        const int64_t from = std::max(n0, before), past = std::min(n1, active.at(s));
+        if (in.dh0 && from < past)
+          through(w_hh_, dz_at(row, from, past - from),
+                  Rows<T>{in.dh0, 0, hidden, batch}.block(0, from, past - from), past - from);
+        if (in.dx.data && active.ragged() && n0 < past)
+          through(w_ih_, dz_at(row, n0, past - n0), dx.block(s, n0, past - n0), past - n0);
       }
-      if (in.dx.data) through(w_ih_, dx.block(s0, n0, n1 - n0), count);
+      if (in.dx.data && !active.ragged())
+        through(w_ih_, dz_at(0, n0, n1 - n0), dx.block(s0, n0, n1 - n0), (s1 - s0) * (n1 - n0));
 
-      if (weights_) {
-        if (in.dw_ih) {
-          const auto [from, past] = share(x_shape_.count, threads, id);
-          kernel.pack_rows(x.block(s0, 0, batch), 0, rows, input, from, past, x_panels);
-        }
-        if (in.dw_hh) {
-          const auto [from, past] = share(h_shape_.count, threads, id);
-          const int64_t initial = s0 == 0 ? batch : 0;  // rows whose h_{t-1} is h0
-          kernel.pack_rows(state_.h0(), 0, initial, hidden, from, past, h_panels);
-          if (rows > initial)
-            kernel.pack_rows(y.block(s0 == 0 ? 0 : s0 - 1, 0, batch), initial, rows - initial,
-                             hidden, from, past, h_panels);
-        }
+      if (in.dw_ih) {
+        const auto [from, past] = share(x_shape_.count, threads, id);
+        for_blocks(
+            active, s0, s1,
+            [&, from = from, past = past, input = input](int64_t s, int64_t k, int64_t count) {
+              kernel.pack_rows(x.block(s, 0, active.at(s)), k, count, input, from, past, x_panels);
+            });
+      }
+      if (in.dw_hh) {
+        const auto [from, past] = share(h_shape_.count, threads, id);
+        pack_h(active, y, s0, s1, from, past, h_panels);
       }
       all_.wait(threads);  // dz of the whole batch is there
       for (int64_t k = 0; weights_ && k < rows; k += kDepth) {
@@ -219,17 +236,47 @@ class BackwardPass {
       }
       if (in.db) kernel.sum_rows(dz, rows, m0, m1, in.db, !last);
       if (s0 > 0)
-        for (int64_t n = n0; n < n1; ++n)
+        for (int64_t n = n0; n < std::min(n1, active.at(s0)); ++n)
           for (int64_t gate = 0; gate < 4; ++gate) {
-            const T* from = dz.at(0, n) + gate * hidden;
-            std::copy(from + j0, from + j1, dz.at(plan.block, n) + gate * hidden + j0);
+            const T* from = dz_ + n * gates + gate * hidden;
+            std::copy(from + j0, from + j1, dz_ + (carried + n) * gates + gate * hidden + j0);
           }
       all_.wait(threads);  // before the next block writes dz
     }
-    if (in.dh0) through(w_hh_, Rows<T>{in.dh0, 0, hidden, batch}.block(0, n0, n1 - n0), 1);
   }
 
  private:
+  // f(s, row in the block, rows) for runs of rows that lie evenly: all of the block where not
+  // ragged.
+  template <class F>
+  static void for_blocks(const Active& active, int64_t s0, int64_t s1, F&& f) {
+    if (!active.ragged()) return f(s0, 0, active.total(s0, s1));
+    for (int64_t s = s0, row = 0; s < s1; row += active.at(s++)) f(s, row, active.at(s));
+  }
+
+  // h_{t-1} of every row of the block.
+  void pack_h(const Active& active, const Series<const T>& y, int64_t s0, int64_t s1, int64_t from,
+              int64_t past, const Panels<T>& panels) const {
+    const int64_t hidden = in_.sizes.hidden, batch = in_.sizes.batch;
+    const auto pack = [&](Rows<const T> h, int64_t row, int64_t count) {
+      if (count > 0) kernel_.pack_rows(h, row, count, hidden, from, past, panels);
+    };
+    if (!active.ragged()) {
+      const int64_t initial = s0 == 0 ? batch : 0;
+      pack(state_.h0(), 0, initial);
+      if (s1 - s0 > (s0 == 0))
+        pack(y.block(s0 == 0 ? 0 : s0 - 1, 0, batch), initial, active.total(s0, s1) - initial);
+      return;
+    }
+    for (int64_t s = s0, row = 0; s < s1; row += active.at(s++)) {
+      const int64_t going = active.with_before(s), begin = active.at(s) - going;
+      if (going > 0) pack(y.block(s - 1, 0, going), row, going);
+      Rows<const T> h0 = state_.h0();
+      h0 = h0.block(0, going, begin);
+      pack(h0, row + going, begin);
+    }
+  }
+
   const Backward<T> in_;
   const Plan plan_;
   const Kernels<T>& kernel_;

@@ -6,7 +6,9 @@
 
 #include <algorithm>
 #include <chrono>
+#include <numeric>
 #include <stdexcept>
+#include <vector>
 
 #include "arrays.h"
 #include "cpu/dispatch.h"
@@ -31,7 +33,7 @@ template <class T>
 T* at(const Array& array, int64_t place) {
   return array.data ? static_cast<T*>(array.data) + place : nullptr;
 }
-// Rows of a (T, N, columns) array, or of the (N, columns) of a cell, from column `place` on.
+// Rows of a (T, N, columns) array, or of a (rows, columns) one, from column `place` on.
 template <class T>
 Rows<T> rows(const Array& array, int64_t place = 0) {
   const int d = array.dims - 2;
@@ -41,10 +43,31 @@ Rows<T> rows(const Array& array, int64_t place = 0) {
 
 using Arrays = std::vector<Array>;
 
-Sizes sizes(const Array& x, const Arrays& weights) {
-  const int d = x.dims - 2;
-  return {d ? x.shape[0] : 1, x.shape[d], x.shape[d + 1], weights[1].shape[1]};
-}
+// Sizes of a layer and, where the batch is ragged, its rows. x: (T, N, D), (N, D) for a cell, or
+// (rows, D) with `batch_sizes`, the rows at each time.
+struct Shape {
+  Sizes sizes;
+  int64_t rows;                              // of an array over time
+  std::vector<int64_t> counts[2], first[2];  // in order of computation, for each way of time
+
+  Shape(const Array& x, const Arrays& weights, const std::vector<int64_t>& batch_sizes) {
+    const int d = x.dims - 2;
+    const int64_t D = x.shape[d + 1], H = weights[1].shape[1];
+    rows = (d ? x.shape[0] : 1) * x.shape[d];
+    sizes = {d ? x.shape[0] : 1, x.shape[d], D, H};
+    if (batch_sizes.empty()) return;
+    sizes = {int64_t(batch_sizes.size()), batch_sizes[0], D, H};
+    counts[0] = batch_sizes;
+    first[0].resize(batch_sizes.size());
+    std::partial_sum(batch_sizes.begin(), batch_sizes.end() - 1, first[0].begin() + 1);
+    counts[1].assign(counts[0].rbegin(), counts[0].rend());
+    first[1].assign(first[0].rbegin(), first[0].rend());
+  }
+  Ragged ragged(bool reverse) const {
+    if (counts[0].empty()) return {};
+    return {counts[reverse].data(), first[reverse].data()};
+  }
+};
 
 // Direction d of a layer whose weights stand one direction after the other.
 template <class T>
@@ -57,15 +80,18 @@ Layer<T> layer(const Arrays& weights, int directions, int d, bool reverse) {
 }
 
 void run_forward(Array x, Array h0, Array c0, const Arrays& weights, Array y, Array h_n, Array c_n,
-                 Array gates, Array cells, bool reverse, int threads) {
+                 Array gates, Array cells, const std::vector<int64_t>& batch_sizes, bool reverse,
+                 int threads) {
   py::gil_scoped_release release;
   with_type(y.itemsize, [&](auto* type) {
     using E = std::remove_pointer_t<decltype(type)>;
-    const auto [T, N, D, H] = sizes(x, weights);
+    const Shape shape(x, weights, batch_sizes);
+    const auto [T, N, D, H] = shape.sizes;
     const int directions = int(y.shape[y.dims - 1] / H);
     Forward<E> passes[2];
     for (int d = 0; d < directions; ++d)
-      passes[d] = {{T, N, D, H},
+      passes[d] = {shape.sizes,
+                   shape.ragged(reverse || d == 1),
                    layer<E>(weights, directions, d, reverse),
                    rows<const E>(x),
                    at<const E>(h0, d * N * H),
@@ -73,19 +99,21 @@ void run_forward(Array x, Array h0, Array c0, const Arrays& weights, Array y, Ar
                    rows<E>(y, d * H),
                    at<E>(h_n, d * N * H),
                    at<E>(c_n, d * N * H),
-                   at<E>(gates, d * T * N * 4 * H),
-                   at<E>(cells, d * T * N * H)};
+                   at<E>(gates, d * shape.rows * 4 * H),
+                   at<E>(cells, d * shape.rows * H)};
     forward(passes, directions, threads);
   });
 }
 
 void run_backward(Array x, Array h0, Array c0, const Arrays& weights, Array y, Array gates,
                   Array cells, Array grad_y, Array grad_h, Array grad_c, Array dx,
-                  const Arrays& dweights, Array dh0, Array dc0, bool reverse, int threads) {
+                  const Arrays& dweights, Array dh0, Array dc0,
+                  const std::vector<int64_t>& batch_sizes, bool reverse, int threads) {
   py::gil_scoped_release release;
   with_type(dc0.itemsize, [&](auto* type) {
     using E = std::remove_pointer_t<decltype(type)>;
-    const auto [T, N, D, H] = sizes(x, weights);
+    const Shape shape(x, weights, batch_sizes);
+    const auto [T, N, D, H] = shape.sizes;
     const int directions = dc0.dims == 3 ? int(dc0.shape[0]) : 1;
     const size_t count = weights.size() / size_t(directions);
     Backward<E> passes[2];
@@ -93,18 +121,19 @@ void run_backward(Array x, Array h0, Array c0, const Arrays& weights, Array y, A
       const Array* dw = dweights.data() + size_t(d) * count;
       E* const db_ih = count == 4 ? at<E>(dw[2], 0) : nullptr;
       E* const db_hh = count == 4 ? at<E>(dw[3], 0) : nullptr;
-      passes[d] = {{T, N, D, H},
+      passes[d] = {shape.sizes,
+                   shape.ragged(reverse || d == 1),
                    layer<E>(weights, directions, d, reverse),
                    rows<const E>(x),
                    at<const E>(h0, d * N * H),
                    at<const E>(c0, d * N * H),
                    rows<const E>(y, d * H),
-                   at<const E>(gates, d * T * N * 4 * H),
-                   at<const E>(cells, d * T * N * H),
+                   at<const E>(gates, d * shape.rows * 4 * H),
+                   at<const E>(cells, d * shape.rows * H),
                    rows<const E>(grad_y, d * H),
                    at<const E>(grad_h, d * N * H),
                    at<const E>(grad_c, d * N * H),
-                   {at<E>(dx, d * T * N * D), N * D, D, N},
+                   {at<E>(dx, d * shape.rows * D), N * D, D, N},
                    at<E>(dw[0], 0),
                    at<E>(dw[1], 0),
                    db_ih ? db_ih : db_hh,
@@ -122,9 +151,10 @@ void run_backward(Array x, Array h0, Array c0, const Arrays& weights, Array y, A
 
 // Whether a call can run as it stands: every array of the one dtype, of the shape it must have, and
 // laid out as the kernels read it. True spares the thorough checks in Python; false says nothing.
-// `dims` is that of a batched x: 3, or 2 for a cell.
+// `dims` is that of a batched x: 3, or 2 for a cell. `packed` is the batch of a ragged x (rows, D),
+// or 0.
 bool fits(py::handle x, py::handle state, py::handle weights, int64_t D, int64_t H, int64_t layers,
-          int64_t directions, bool batch_first, int dims) {
+          int64_t directions, bool batch_first, int dims, int64_t packed) {
   Array input;
   const auto plain = [&](py::handle object, Array* array) {
     if (!view(object, array) || array->itemsize != input.itemsize) return false;
@@ -145,10 +175,11 @@ bool fits(py::handle x, py::handle state, py::handle weights, int64_t D, int64_t
   if ((input.dims != dims && input.dims != dims - 1) || input.shape[input.dims - 1] != D ||
       !input.has_rows())
     return false;
-  const bool batched = input.dims == dims;
+  if (packed && input.dims != 2) return false;
+  const bool batched = packed || input.dims == dims;
   const int batch_dim = dims == 3 && !batch_first;
-  const int64_t N = batched ? input.shape[batch_dim] : 1;
-  const int64_t T = dims == 2 ? 1 : input.shape[batched && batch_first ? 1 : 0];
+  const int64_t N = packed ? packed : batched ? input.shape[batch_dim] : 1;
+  const int64_t T = dims == 2 ? 1 : input.shape[batched && batch_first && !packed ? 1 : 0];
   if (T < 1 || N < 1) return false;
   // Far from what could be addressed; see sizes() in _check.py.
   if (double(T) * double(N + 1) * double(D + directions * H + 64) > 1e15) return false;

@@ -48,19 +48,16 @@ class ForwardPass {
     const int threads = plan.threads();
     T *const bias = bias_, *const w_ih = w_ih_, *const w_hh = w_hh_;
 
-    // Time as the recurrence sees it: step s is the s-th in order of computation.
-    const auto in_order = [&, count = steps](auto rows) {
-      return in.layer.reverse ? rows.flipped(count) : rows;
-    };
-    const Rows<const T> x = in_order(in.x);
-    const Rows<T> y = in_order(in.y);
-    const Rows<T> kept_gates = in_order(Rows<T>{in.gates, batch * gates, gates, batch});
-    const Rows<T> kept_cells = in_order(Rows<T>{in.cells, batch * hidden, hidden, batch});
+    const Active active(in);
+    const Series<const T> x(in.x, in);
+    const Series<T> y(in.y, in);
+    const Series<T> kept_gates({in.gates, batch * gates, gates, batch}, in);
+    const Series<T> kept_cells({in.cells, batch * hidden, hidden, batch}, in);
     const Rows<T> c_n{in.c_n, 0, hidden, batch};
     const Rows<T> own{z_, batch * gates, gates, batch};
 
     const int group = id / plan.panel_groups;
-    const auto [n0, n1] = share(batch, plan.row_groups, group);
+    const auto [n0, n1] = active.group(plan.row_groups, group);
     const auto [p0, p1] = share(panels, plan.panel_groups, id % plan.panel_groups);
 
     if (id == 0)
@@ -96,26 +93,39 @@ class ForwardPass {
         step.x = x.block(s, 0, batch);
         step.w_ih = plan.direct ? in.layer.w_ih : w_ih;
         step.w_hh = plan.direct ? in.layer.w_hh : w_hh;
-        step.h_prev = s == 0 ? state_.h0() : y.block(s - 1, 0, batch);
         step.c = in.cells ? kept_cells.block(s, 0, batch) : c_n;
-        step.c_prev = s == 0     ? state_.c0()
-                      : in.cells ? Rows<const T>(kept_cells.block(s - 1, 0, batch))
-                                 : c_n;
         step.h = y.block(s, 0, batch);
         step.gates = in.gates ? kept_gates.block(s, 0, batch) : Rows<T>{};
-        (plan.direct ? kernel.step_forward_direct : kernel.step_forward)(step, n0, n1, p0, p1);
+        const auto run = plan.direct ? kernel.step_forward_direct : kernel.step_forward;
+        // Sequences that go on, then those that begin here.
+        const int64_t going = active.with_before(s), all = active.at(s);
+        if (n0 < going) {
+          step.h_prev = y.block(s - 1, 0, batch);
+          step.c_prev = in.cells ? Rows<const T>(kept_cells.block(s - 1, 0, batch)) : c_n;
+          run(step, n0, std::min(n1, going), p0, p1);
+        }
+        if (going < all && n0 < all && going < n1) {
+          step.h_prev = state_.h0();
+          step.c_prev = state_.c0();
+          run(step, std::max(n0, going), std::min(n1, all), p0, p1);
+        }
         row_group_[size_t(group)].wait(plan.panel_groups);
       }
     }
 
-    const auto last = [&, n0 = n0, n1 = n1, p0 = p0, p1 = p1, hidden = hidden](Rows<const T> from,
-                                                                               T* to) {
-      for (int64_t n = n0; n < n1; ++n)
-        std::copy(from.at(0, n) + p0 * lanes, from.at(0, n) + std::min(p1 * lanes, hidden),
-                  to + n * hidden + p0 * lanes);
+    // What the last step of each sequence left.
+    const int64_t j0 = p0 * lanes, j1 = std::min(p1 * lanes, hidden);
+    const auto last = [&, n0 = n0, n1 = n1, steps = steps, hidden = hidden](const Series<T>& from,
+                                                                            T* to) {
+      int64_t s = steps - 1;
+      for (int64_t n = n0; n < n1; ++n) {
+        while (active.at(s) <= n) --s;
+        const T* row = from.block(s, n, 1).at(0, 0);
+        std::copy(row + j0, row + j1, to + n * hidden + j0);
+      }
     };
-    if (in.h_n) last(y.block(steps - 1, 0, batch), in.h_n);
-    if (in.c_n && in.cells) last(kept_cells.block(steps - 1, 0, batch), in.c_n);
+    if (in.h_n) last(y, in.h_n);
+    if (in.c_n && in.cells) last(kept_cells, in.c_n);
   }
 
  private:
@@ -138,8 +148,12 @@ void forward(const Forward<T>* directions, int count, int threads) {
   if (sizes.batch == 0) return;
   const Kernels<T>& kernel = kernels<T>();
   const Machine machine{kernel.lanes, sizeof(T)};
-  run_directions<ForwardPass<T>>(directions, count, threads, kernel,
-                                 [&](int most) { return plan_forward(sizes, machine, most); });
+  run_directions<ForwardPass<T>>(directions, count, threads, kernel, [&](int most) {
+    Plan plan = plan_forward(sizes, machine, most);
+    // A product over time wants as many rows at every step.
+    if (directions->ragged.rows) plan.input_in_step = true;
+    return plan;
+  });
 }
 
 template void forward(const Forward<float>*, int, int);

@@ -48,6 +48,14 @@ struct Sizes {
   int64_t hidden;  // H >= 1
 };
 
+// Sequences of different lengths, the longest first, as in torch's PackedSequence: the arrays over
+// time have no padding, so their shapes begin with the number of all rows instead of T and N.
+struct Ragged {
+  const int64_t* rows = nullptr;   // (T) rows of the batch at step s in order of computation;
+                                   // null: all sequences have T steps
+  const int64_t* first = nullptr;  // (T) the first of these rows in an array over time
+};
+
 // What both passes read of the layer. Matrices are contiguous, row-major.
 template <class T>
 struct Layer {
@@ -61,6 +69,7 @@ struct Layer {
 template <class T>
 struct Forward {
   Sizes sizes;
+  Ragged ragged;
   Layer<T> layer;
   Rows<const T> x;  // (T, N, D)
   const T* h0;      // (N, H) or null: zeros
@@ -76,6 +85,7 @@ struct Forward {
 template <class T>
 struct Backward {
   Sizes sizes;
+  Ragged ragged;
   Layer<T> layer;
   Rows<const T> x;       // (T, N, D)
   const T* h0;           // (N, H) or null: zeros

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <deque>
+#include <numeric>
+#include <utility>
 
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
@@ -38,6 +40,69 @@ class InitialState {
   Sizes sizes_;
   int64_t place_;
   T* zeros_ = nullptr;
+};
+
+// An array over time as the recurrence sees it: step s is the s-th in order of computation.
+template <class T>
+class Series {
+ public:
+  template <class Args>
+  Series(Rows<T> rows, const Args& in)
+      : rows_(in.layer.reverse && !in.ragged.rows ? rows.flipped(in.sizes.steps) : rows),
+        first_(in.ragged.first) {}
+  // Rows n, n + 1, ... of the batch at step s; and of the steps after it where not ragged.
+  Rows<T> block(int64_t s, int64_t n, int64_t count) const {
+    if (!first_) return rows_.block(s, n, count);
+    return {rows_.data + (first_[s] + n) * rows_.step_n, 0, rows_.step_n, count};
+  }
+
+ private:
+  Rows<T> rows_;
+  const int64_t* first_;
+};
+
+// How many sequences take part in a step.
+class Active {
+ public:
+  template <class Args>
+  explicit Active(const Args& in) : rows_(in.ragged.rows), sizes_(in.sizes) {}
+
+  bool ragged() const { return rows_; }
+  int64_t at(int64_t s) const {
+    return s < 0 || s >= sizes_.steps ? 0 : rows_ ? rows_[s] : sizes_.batch;
+  }
+  // Sequences that take part in step s and in the one before or after it.
+  int64_t with_before(int64_t s) const { return std::min(at(s), at(s - 1)); }
+  int64_t with_after(int64_t s) const { return std::min(at(s), at(s + 1)); }
+  int64_t total(int64_t s0, int64_t s1) const {
+    if (!rows_) return (s1 - s0) * sizes_.batch;
+    return std::accumulate(rows_ + s0, rows_ + s1, int64_t(0));
+  }
+  // The sequences of group `index`: nearly the same work for every group.
+  std::pair<int64_t, int64_t> group(int groups, int index) const {
+    if (!rows_ || groups == 1) return share(sizes_.batch, groups, index);
+    return {cut(groups, index), cut(groups, index + 1)};
+  }
+
+ private:
+  // The fewest sequences, from the longest, with index/groups of all rows.
+  int64_t cut(int groups, int index) const {
+    const int64_t wanted = total(0, sizes_.steps) * index / groups;
+    int64_t low = 0, high = sizes_.batch;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      int64_t rows = 0;
+      for (int64_t s = 0; s < sizes_.steps; ++s) rows += std::min(rows_[s], middle);
+      if (rows >= wanted)
+        high = middle;
+      else
+        low = middle + 1;
+    }
+    return low;
+  }
+
+  const int64_t* rows_;
+  Sizes sizes_;
 };
 
 // Runs `count` directions at the same time, on as many threads each as `plan` has. False, with

@@ -965,7 +965,7 @@ for dtype in (torch.float32, torch.float64):
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(3, 4, 5, dtype=dtype)
     weights = list(ours.parameters())
-    fits = lambda x: _core.fits(x, None, weights, 5, 7, 2, 2, False, 3)
+    fits = lambda x: _core.fits(x, None, weights, 5, 7, 2, 2, False, 3, 0)
     assert fits(x) and not fits(x.half()) and not fits(x.to("meta")) and not fits(x.long())
     for module in (theirs, ours):
         module(x)[0].square().sum().backward()
@@ -982,7 +982,7 @@ def test_what_the_kernels_may_read():
     weights = list(module.parameters())
 
     def fits(x, weights=weights, state=None):
-        return fastlstm._core.fits(x, state, weights, 4, 5, 1, 1, False, 3)
+        return fastlstm._core.fits(x, state, weights, 4, 5, 1, 1, False, 3, 0)
 
     x, h = leaf(3, 2, 4), leaf(1, 2, 5)
     assert fits(x) and fits(x[:, 0]) and fits(x.transpose(0, 1)) and fits(x, state=[h, h])

@@ -337,7 +337,7 @@ FASTLSTM_INLINE void dot_rows(const T* const (&a)[M], int64_t depth, const T* w,
 template <class T>
 void step_forward_direct(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p0, int64_t p1) {
   constexpr int VL = lanes<T>();
-  constexpr int R = 4;  // rows of weights at a time share the loads of x and h
+  constexpr int R = VL < 4 ? VL : 4;  // rows of weights at a time share the loads of x and h
   const int64_t H = in.hidden;
   for (int64_t p = p0; p < p1; ++p) {
     const int64_t unit = p * VL;

@@ -86,7 +86,7 @@ def run_forward(
     """
     tape = LayerTape(x, weights, h0, c0, y, len(h_n), reverse) if need_tape else None
     gates, cells = (None, None) if tape is None else (tape._gates, tape._cells)
-    _core.forward(x, h0, c0, weights, y, h_n, c_n, gates, cells, reverse, get_num_threads())
+    _core.forward(x, h0, c0, weights, y, h_n, c_n, gates, cells, (), reverse, get_num_threads())
     return tape
 
 
@@ -116,6 +116,7 @@ def run_backward(
         dweights,
         dh0,
         dc0,
+        (),
         tape._reverse,
         get_num_threads(),
     )

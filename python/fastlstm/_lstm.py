@@ -194,7 +194,7 @@ class LSTM:
         )
         dtype = self.dtype
         weights = [self.weights.get(name) for name in self._names]
-        if not _core.fits(x, state, weights, D, H, layers, directions, self.batch_first, 3) or (
+        if not _core.fits(x, state, weights, D, H, layers, directions, self.batch_first, 3, 0) or (
             x.dtype != dtype
         ):
             x, state, weights = self._checked(x, state)

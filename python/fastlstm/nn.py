@@ -46,8 +46,8 @@ def _check_state_dtype(hx: Any, dtype: torch.dtype) -> None:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """Return a (T, N, columns) tensor with its rows contiguous: a copy if they are not."""
-    return tensor if tensor.stride(2) == 1 or tensor.shape[2] == 1 else tensor.contiguous()
+    """Return a tensor with its rows contiguous: a copy if they are not."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def _packed(input: Any, hx: Any, weights: list[Any]) -> tuple[Any, Any, list[Any]]:
@@ -77,21 +77,25 @@ def _run_forward(
     c0: Tensor | None,
     weights: list[Tensor],
     directions: int,
+    batch_sizes: list[int],
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Run one layer: x (T, N, D), h0 and c0 (directions, N, H), weights of each direction in turn.
 
     A state of None is zeros. Returns y (T, N, directions*H), h_n, c_n, and with `keep` gates
-    (directions, T, N, 4H) and cells (directions, T, N, H).
+    (directions, T, N, 4H) and cells (directions, T, N, H). Where `batch_sizes` is not empty, the
+    batch is ragged and (rows,) stands for (T, N).
     """
-    T, N, _ = x.shape
+    *rows, _ = x.shape
+    N = batch_sizes[0] if batch_sizes else rows[1]
     H = weights[1].shape[1]
-    y = x.new_empty(T, N, directions * H)
+    y = x.new_empty(*rows, directions * H)
     h_n = x.new_empty(directions, N, H)
     c_n = x.new_empty(directions, N, H)
-    gates = x.new_empty(directions, T, N, 4 * H) if keep else None
-    cells = x.new_empty(directions, T, N, H) if keep else None
-    _core.forward(x, h0, c0, weights, y, h_n, c_n, gates, cells, False, torch.get_num_threads())
+    gates = x.new_empty(directions, *rows, 4 * H) if keep else None
+    cells = x.new_empty(directions, *rows, H) if keep else None
+    threads = torch.get_num_threads()
+    _core.forward(x, h0, c0, weights, y, h_n, c_n, gates, cells, batch_sizes, False, threads)
     return y, h_n, c_n, gates, cells
 
 
@@ -102,13 +106,16 @@ class _Layer(torch.autograd.Function):
     def forward(
         ctx: Any,
         directions: int,
+        batch_sizes: list[int],
         x: Tensor,
         h0: Tensor | None,
         c0: Tensor | None,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, h_n, c_n, gates, cells = _run_forward(x, h0, c0, list(weights), directions, keep=True)
-        ctx.directions = directions
+        y, h_n, c_n, gates, cells = _run_forward(
+            x, h0, c0, list(weights), directions, batch_sizes, keep=True
+        )
+        ctx.layer = directions, batch_sizes
         ctx.save_for_backward(y, gates, cells, x, h0, c0, *weights)
         ctx.set_materialize_grads(False)
         return y, h_n, c_n
@@ -116,15 +123,17 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> _Grads:
         y, gates, cells, *inputs = ctx.saved_tensors
-        needed = ctx.needs_input_grad[1:]
+        needed = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():  # create_graph=True
-            layer = partial(_torch_layer, ctx.directions)
-            return None, *_differentiable_gradients(layer, inputs, grads, needed)
-        return None, *_run_backward(ctx.directions, inputs, y, gates, cells, grads, needed)
+            layer = partial(_torch_layer, *ctx.layer)
+            found = _differentiable_gradients(layer, inputs, grads, needed)
+        else:
+            found = _run_backward(ctx.layer, inputs, y, gates, cells, grads, needed)
+        return None, None, *found
 
 
 def _run_backward(
-    directions: int,
+    layer: tuple[int, list[int]],
     inputs: list[Any],
     y: Tensor,
     gates: Tensor,
@@ -133,11 +142,13 @@ def _run_backward(
     needed: tuple[bool, ...],
 ) -> _Grads:
     x, h0, c0, *weights = inputs
-    T, N, D = x.shape
-    H = weights[1].shape[1]
+    directions, batch_sizes = layer
+    *_, N, H = cells.shape
+    if batch_sizes:
+        N = batch_sizes[0]
     grad_y, grad_h, grad_c = map(_gradient, grads)
     needs_x, needs_h0, needs_c0, *needs_weights = needed
-    dx = x.new_empty(directions, T, N, D) if needs_x else None
+    dx = x.new_empty(directions, *x.shape) if needs_x else None
     dh0 = x.new_empty(directions, N, H) if needs_h0 else None
     dc0 = x.new_empty(directions, N, H)
     dweights = _like(weights, needs_weights)
@@ -156,6 +167,7 @@ def _run_backward(
         dweights,
         dh0,
         dc0,
+        batch_sizes,
         False,
         torch.get_num_threads(),
     )
@@ -194,12 +206,18 @@ def _differentiable_gradients(
 
 
 def _torch_layer(
-    directions: int, x: Tensor, h0: Any, c0: Any, *weights: Tensor
+    directions: int, batch_sizes: list[int], x: Tensor, h0: Any, c0: Any, *weights: Tensor
 ) -> tuple[Tensor, ...]:
     biases = len(weights) == 4 * directions
-    zeros = x.new_zeros((directions, x.shape[1], weights[1].shape[1]))
+    N = batch_sizes[0] if batch_sizes else x.shape[1]
+    zeros = x.new_zeros((directions, N, weights[1].shape[1]))
     state = (zeros if h0 is None else h0, zeros if c0 is None else c0)
-    y, h, c = torch._VF.lstm(x, state, weights, biases, 1, 0.0, False, directions == 2, False)
+    rest = (weights, biases, 1, 0.0, False, directions == 2)
+    y, h, c = (
+        torch._VF.lstm(x, torch.tensor(batch_sizes), state, *rest)
+        if batch_sizes
+        else torch._VF.lstm(x, state, *rest, False)
+    )
     return y, h, c
 
 
@@ -211,15 +229,28 @@ def _wants_grad(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[T
 
 def _layer(
     directions: int,
+    batch_sizes: list[int],
     x: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
     weights: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     if _wants_grad(x, h0, c0, weights):
-        result: Any = _Layer.apply(directions, x, h0, c0, *weights)  # type: ignore[no-untyped-call]
+        result: Any = _Layer.apply(directions, batch_sizes, x, h0, c0, *weights)  # type: ignore[no-untyped-call]
         return result  # type: ignore[no-any-return]
-    return _run_forward(x, h0, c0, weights, directions, keep=False)[:3]
+    return _run_forward(x, h0, c0, weights, directions, batch_sizes, keep=False)[:3]
+
+
+def _batch_sizes(packed: PackedSequence) -> list[int]:
+    """Return the batch sizes of a PackedSequence, which anyone can make by hand, checked."""
+    sizes: list[int] = packed.batch_sizes.tolist()
+    right = all(a >= b for a, b in zip(sizes, [*sizes[1:], 1], strict=True))
+    if not sizes or not right or sum(sizes) != packed.data.shape[0]:
+        raise RuntimeError(
+            "input.batch_sizes: expected positive numbers that do not grow and add up to the rows "
+            f"of input.data, {packed.data.shape[0]}, got {sizes}"
+        )
+    return sizes
 
 
 class LSTM(torch.nn.LSTM):
@@ -241,27 +272,30 @@ class LSTM(torch.nn.LSTM):
         layers = self.num_layers
         if _observed():
             return super().forward(input, hx)
-        sizes = (self.input_size, self.hidden_size, layers, directions, self.batch_first, 3)
-        if not _core.fits(input, hx, weights, *sizes):
+        ragged = isinstance(input, PackedSequence)
+        x = input.data if ragged else input
+        batch_sizes = _batch_sizes(input) if ragged else []
+        N = batch_sizes[0] if ragged else 0
+        sizes = (self.input_size, self.hidden_size, layers, directions, self.batch_first, 3, N)
+        if not _core.fits(x, hx, weights, *sizes):
             self._check(input, hx, weights)
-            packed = _packed(input, hx, weights)
+            packed = _packed(x, hx, weights)
             if not _core.fits(*packed, *sizes):
                 return super().forward(input, hx)
-            input, hx, weights = packed
+            x, hx, weights = packed
 
-        batched = input.dim() == 3
+        batched = ragged or x.dim() == 3
+        if ragged and hx is not None:
+            hx = self.permute_hidden(hx, input.sorted_indices)
+        h0, c0 = hx or (None, None)
         if not batched:
-            x = input.unsqueeze(1)
-        elif self.batch_first:
-            x = input.transpose(0, 1)
-        else:
-            x = input
-        h0 = c0 = None
-        if hx is not None:
-            h0, c0 = hx if batched else (state.unsqueeze(1) for state in hx)
+            x = x.unsqueeze(1)
+            h0, c0 = (None if state is None else state.unsqueeze(1) for state in (h0, c0))
+        elif self.batch_first and not ragged:
+            x = x.transpose(0, 1)
 
         if layers == 1:
-            x, h, c = _layer(directions, x, h0, c0, weights)
+            x, h, c = _layer(directions, batch_sizes, x, h0, c0, weights)
         else:
             per_layer = len(weights) // layers
             states = []
@@ -269,6 +303,7 @@ class LSTM(torch.nn.LSTM):
                 one = slice(k * directions, (k + 1) * directions)
                 x, *state = _layer(
                     directions,
+                    batch_sizes,
                     x,
                     None if h0 is None else h0[one],
                     None if c0 is None else c0[one],
@@ -278,6 +313,9 @@ class LSTM(torch.nn.LSTM):
                 if self.dropout and self.training and k < layers - 1:
                     x = torch.dropout(x, self.dropout, True)
             h, c = (torch.cat(parts) for parts in zip(*states, strict=True))
+        if ragged:
+            y = PackedSequence(x, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
+            return y, self.permute_hidden((h, c), input.unsorted_indices)
         if not batched:
             return x.squeeze(1), (h.squeeze(1), c.squeeze(1))
         return x.transpose(0, 1) if self.batch_first else x, (h, c)
@@ -351,6 +389,7 @@ class _Step(torch.autograd.Function):
             dweights,
             dh0,
             dc0,
+            (),
             False,
             torch.get_num_threads(),
         )
@@ -364,7 +403,7 @@ def _run_step(
     h, c = x.new_empty(N, H), x.new_empty(N, H)
     gates = x.new_empty(N, 4 * H) if keep else None
     cells = torch.empty_like(c) if keep else None
-    _core.forward(x, h0, c0, weights, h, None, c, gates, cells, False, torch.get_num_threads())
+    _core.forward(x, h0, c0, weights, h, None, c, gates, cells, (), False, torch.get_num_threads())
     return h, c, gates, cells
 
 
@@ -392,7 +431,7 @@ class LSTMCell(torch.nn.LSTMCell):
             own[n] if n in own else getattr(self, n, None)
             for n in (self._names if self.bias else self._names[:2])
         ]
-        sizes = (self.input_size, self.hidden_size, 1, 1, False, 2)
+        sizes = (self.input_size, self.hidden_size, 1, 1, False, 2, 0)
         if not _core.fits(input, hx, weights, *sizes):
             packed = _packed(input, hx, weights)
             if not _core.fits(*packed, *sizes):
