@@ -9,29 +9,6 @@
 namespace fastlstm {
 namespace {
 
-// Panels of `lanes` x 4 columns, the last one as narrow as whole vectors allow.
-struct PanelShape {
-  int64_t count, full, tail_row;  // panels; those of full width; row length of the tail
-  int64_t panel_row;
-
-  PanelShape(int64_t columns, int64_t lanes)
-      : count(ceil_div(columns, kPanelVectors * lanes)),
-        full(columns / (kPanelVectors * lanes)),
-        tail_row(ceil_div(columns % (kPanelVectors * lanes), lanes) * lanes),
-        panel_row(kPanelVectors * lanes) {}
-
-  int64_t packed_size(int64_t depth) const { return depth * (full * panel_row + tail_row); }
-  template <class T>
-  Panels<T> packed(const T* data, int64_t depth) const {
-    return {data, depth * panel_row, panel_row, full, data + full * depth * panel_row, tail_row};
-  }
-  // A row-major matrix as it stands; only its tail panel has been packed.
-  template <class T>
-  Panels<T> in_place(const T* matrix, int64_t columns, const T* tail) const {
-    return {matrix, panel_row, columns, full, tail, tail_row};
-  }
-};
-
 // A weight matrix (4H, columns) as the right-hand side of dz W.
 template <class T>
 struct Right {
@@ -71,17 +48,23 @@ class BackwardPass {
         plan_(plan),
         kernel_(kernel),
         state_(in.h0, in.c0, in.sizes, workspace),
-        w_hh_(in.layer.w_hh, 4 * in.sizes.hidden, in.sizes.hidden, kernel.lanes, plan.direct,
+        w_hh_(in.layer.w_hh, 4 * in.sizes.hidden, in.sizes.output, kernel.lanes, plan.direct,
               workspace),
+        w_hr_(in.layer.w_hr, in.sizes.output, in.layer.w_hr ? in.sizes.hidden : 0, kernel.lanes,
+              plan.direct, workspace),
         w_ih_(in.layer.w_ih, 4 * in.sizes.hidden, in.dx.data ? in.sizes.input : 0, kernel.lanes,
               plan.direct, workspace),
         x_shape_(in.dw_ih ? in.sizes.input : 0, kernel.lanes),
-        h_shape_(in.dw_hh ? in.sizes.hidden : 0, kernel.lanes),
-        weights_(in.dw_ih || in.dw_hh),
+        h_shape_(in.dw_hh ? in.sizes.output : 0, kernel.lanes),
+        raw_shape_(in.dw_hr ? in.sizes.hidden : 0, kernel.lanes),
+        step_shape_(in.sizes.hidden, kernel.lanes),
+        weights_(in.dw_ih || in.dw_hh || in.dw_hr),
         row_group_(size_t(plan.row_groups)) {
-    const auto [steps, batch, input, hidden] = in.sizes;
+    const auto [steps, batch, input, hidden, output] = in.sizes;
     x_place_ = workspace->reserve<T>(x_shape_.packed_size(plan.block * batch));
     h_place_ = workspace->reserve<T>(h_shape_.packed_size(plan.block * batch));
+    raw_place_ = workspace->reserve<T>(raw_shape_.packed_size(plan.block * batch));
+    dh_place_ = workspace->reserve<T>(in.layer.w_hr ? plan.block * batch * output : 0);
     // Where there are several blocks, slot `block` carries the dz of the step after the block.
     dz_place_ = workspace->reserve<T>((plan.block + (plan.block < steps)) * batch * 4 * hidden);
     strips_place_ = workspace->reserve<T>(weights_ ? plan.threads() * kStrip * kDepth : 0);
@@ -91,15 +74,18 @@ class BackwardPass {
     state_.bind(workspace);
     w_hh_.bind(workspace, 4 * in_.sizes.hidden, plan_.direct);
     w_ih_.bind(workspace, 4 * in_.sizes.hidden, plan_.direct);
+    w_hr_.bind(workspace, in_.sizes.output, plan_.direct);
     x_ = workspace.at<T>(x_place_);
     h_ = workspace.at<T>(h_place_);
+    raw_ = workspace.at<T>(raw_place_);
+    dh_ = workspace.at<T>(dh_place_);
     dz_ = workspace.at<T>(dz_place_);
     strips_ = workspace.at<T>(strips_place_);
   }
 
   // The part of thread `id` of plan.threads().
   void work(int id) {
-    const auto [steps, batch, input, hidden] = in_.sizes;
+    const auto [steps, batch, input, hidden, output] = in_.sizes;
     const Backward<T>& in = in_;
     const Plan& plan = plan_;
     const Kernels<T>& kernel = kernel_;
@@ -113,19 +99,21 @@ class BackwardPass {
     const Series<const T> kept_cells({in.cells, batch * hidden, hidden, batch}, in);
     const Series<const T> grad_y(in.grad_y, in);
     const Series<T> dx(in.dx, in);
-    const Rows<const T> grad_h{in.grad_h, 0, hidden, batch};
+    const Series<const T> raw({in.raw, batch * hidden, hidden, batch}, in);
+    const Rows<const T> grad_h{in.grad_h, 0, output, batch};
     const Rows<T> dc{in.dc0, 0, hidden, batch};
     const Rows<T> dz{dz_, gates, 0, 1};  // the rows of a block, step after step
     const Panels<T> x_panels = x_shape_.packed(x_, plan.block * batch);
     const Panels<T> h_panels = h_shape_.packed(h_, plan.block * batch);
+    const Panels<T> raw_panels = raw_shape_.packed(raw_, plan.block * batch);
 
     const int group = id / plan.panel_groups, member = id % plan.panel_groups;
     const auto [n0, n1] = active.group(plan.row_groups, group);
-    const auto [p0, p1] = share(w_hh_.shape.count, plan.panel_groups, member);
+    const auto [p0, p1] = share(step_shape_.count, plan.panel_groups, member);
     const auto [m0, m1] = share(gates, threads, id);  // rows of the weight gradients
     T* const strip = strips_ + id * kStrip * kDepth;
-    const int64_t j0 = std::min(p0 * w_hh_.shape.panel_row, hidden);
-    const int64_t j1 = std::min(p1 * w_hh_.shape.panel_row, hidden);
+    const int64_t j0 = std::min(p0 * step_shape_.panel_row, hidden);
+    const int64_t j1 = std::min(p1 * step_shape_.panel_row, hidden);
 
     for (int64_t n = n0; n < n1; ++n) {
       T* to = dc.at(0, n);
@@ -133,6 +121,7 @@ class BackwardPass {
     }
     w_hh_.pack(kernel, gates, plan.direct, threads, id);
     w_ih_.pack(kernel, gates, plan.direct, threads, id);
+    w_hr_.pack(kernel, output, plan.direct, threads, id);
     all_.wait(threads);
 
     // dw rows m.. += strip times rows k.. of packed x or h.
@@ -181,8 +170,8 @@ class BackwardPass {
         StepBackward<T> step;
         step.step = s;
         step.hidden = hidden;
-        step.grad_y = in.grad_y.data ? grad_y.block(s, 0, batch) : Rows<const T>{};
-        step.w_hh = w_hh_.panels;
+        step.w = in.layer.w_hr ? w_hr_.panels : w_hh_.panels;
+        step.depth = in.layer.w_hr ? output : gates;
         step.gates = kept_gates.block(s, 0, batch);
         step.c = kept_cells.block(s, 0, batch);
         step.dc = dc;
@@ -194,16 +183,29 @@ class BackwardPass {
           const int64_t from = std::max(n0, edges[k]), past = std::min(n1, edges[k + 1]);
           if (from >= past) continue;
           const bool ends = from >= after;
-          step.grad_h = ends ? grad_h : Rows<const T>{};
-          step.dz_next = ends ? Rows<const T>{} : dz_at(later, 0, batch);
+          const auto y_part = in.grad_y.data ? grad_y.block(s, 0, batch) : Rows<const T>{};
+          const auto h_part = ends ? grad_h : Rows<const T>{};
+          const auto later_dz = ends ? Rows<const T>{} : Rows<const T>(dz_at(later, 0, batch));
           step.c_prev = from < before ? kept_cells.block(s - 1, 0, batch) : state_.c0();
+          if (in.layer.w_hr) {
+            // dL/dh_t first, whose columns the threads that share these rows divide.
+            const Rows<T> dh{dh_ + row * output, 0, output, batch};
+            sum_dh(dh, y_part, h_part, later_dz, from, past, member);
+            row_group_[size_t(group)].wait(plan.panel_groups);
+            step.grad_y = step.grad_h = {};
+            step.next = dh;
+          } else {
+            step.grad_y = y_part;
+            step.grad_h = h_part;
+            step.next = later_dz;
+          }
           kernel.step_backward(step, from, past, p0, p1);
         }
         row_group_[size_t(group)].wait(plan.panel_groups);
         const int64_t from = std::max(n0, before), past = std::min(n1, active.at(s));
         if (in.dh0 && from < past)
           through(w_hh_, dz_at(row, from, past - from),
-                  Rows<T>{in.dh0, 0, hidden, batch}.block(0, from, past - from), past - from);
+                  Rows<T>{in.dh0, 0, output, batch}.block(0, from, past - from), past - from);
         if (in.dx.data && active.ragged() && n0 < past)
           through(w_ih_, dz_at(row, n0, past - n0), dx.block(s, n0, past - n0), past - n0);
       }
@@ -222,17 +224,41 @@ class BackwardPass {
         const auto [from, past] = share(h_shape_.count, threads, id);
         pack_h(active, y, s0, s1, from, past, h_panels);
       }
+      if (in.dw_hr) {
+        const auto [from, past] = share(raw_shape_.count, threads, id);
+        for_blocks(
+            active, s0, s1,
+            [&, from = from, past = past, hidden = hidden](int64_t s, int64_t k, int64_t count) {
+              kernel.pack_rows(raw.block(s, 0, active.at(s)), k, count, hidden, from, past,
+                               raw_panels);
+            });
+      }
       all_.wait(threads);  // dz of the whole batch is there
-      for (int64_t k = 0; weights_ && k < rows; k += kDepth) {
-        const int64_t depth = std::min(kDepth, rows - k);
-        for (int64_t m = m0; m < m1; m += kStrip) {
-          const int64_t count = std::min(kStrip, m1 - m);
-          const Rows<const T> from{dz.data + k * gates, gates, gates, 1};
-          kernel.transpose(from, depth, m, m + count, strip, kDepth);
-          const bool first = last && k == 0;
-          accumulate(in.dw_ih, input, x_shape_, x_panels, m, count, k, depth, first);
-          accumulate(in.dw_hh, hidden, h_shape_, h_panels, m, count, k, depth, first);
+      // f for each strip of the rows m0 <= m < m1 of A^T, A (rows, width).
+      const auto strips_of = [&](const T* a, int64_t width, int64_t m0, int64_t m1, auto&& f) {
+        for (int64_t k = 0; k < rows; k += kDepth) {
+          const int64_t depth = std::min(kDepth, rows - k);
+          for (int64_t m = m0; m < m1; m += kStrip) {
+            const int64_t count = std::min(kStrip, m1 - m);
+            kernel.transpose({a + k * width, width, width, 1}, depth, m, m + count, strip, kDepth);
+            f(m, count, k, depth, last && k == 0);
+          }
         }
+      };
+      if (in.dw_ih || in.dw_hh)
+        strips_of(dz_, gates, m0, m1,
+                  [&, input = input, output = output](int64_t m, int64_t count, int64_t k,
+                                                      int64_t depth, bool first) {
+                    accumulate(in.dw_ih, input, x_shape_, x_panels, m, count, k, depth, first);
+                    accumulate(in.dw_hh, output, h_shape_, h_panels, m, count, k, depth, first);
+                  });
+      if (in.dw_hr) {
+        const auto [from, past] = share(output, threads, id);
+        strips_of(
+            dh_, output, from, past,
+            [&, hidden = hidden](int64_t m, int64_t count, int64_t k, int64_t depth, bool first) {
+              accumulate(in.dw_hr, hidden, raw_shape_, raw_panels, m, count, k, depth, first);
+            });
       }
       if (in.db) kernel.sum_rows(dz, rows, m0, m1, in.db, !last);
       if (s0 > 0)
@@ -254,12 +280,35 @@ class BackwardPass {
     for (int64_t s = s0, row = 0; s < s1; row += active.at(s++)) f(s, row, active.at(s));
   }
 
+  // dh = grad_y + grad_h + dz W_hh for rows n0 <= n < n1; this thread's share of the columns.
+  void sum_dh(Rows<T> dh, Rows<const T> grad_y, Rows<const T> grad_h, Rows<const T> dz, int64_t n0,
+              int64_t n1, int member) const {
+    const PanelShape& shape = w_hh_.shape;
+    const auto [from, past] = share(shape.count, plan_.panel_groups, member);
+    const int64_t j0 = std::min(from * shape.panel_row, in_.sizes.output);
+    const int64_t j1 = std::min(past * shape.panel_row, in_.sizes.output);
+    for (int64_t n = n0; n < n1; ++n)
+      for (int64_t j = j0; j < j1; ++j)
+        dh.at(0, n)[j] =
+            (grad_y.data ? grad_y.at(0, n)[j] : T(0)) + (grad_h.data ? grad_h.at(0, n)[j] : T(0));
+    if (!dz.data) return;
+    Product<T> product;
+    product.a = dz.block(0, n0, n1 - n0);
+    product.depth = 4 * in_.sizes.hidden;
+    product.b = w_hh_.panels;
+    product.c = dh.block(0, n0, n1 - n0);
+    product.columns = {in_.sizes.output, false};
+    product.start = nullptr;
+    product.accumulate = true;
+    kernel_.product(product, 0, n1 - n0, from, past);
+  }
+
   // h_{t-1} of every row of the block.
   void pack_h(const Active& active, const Series<const T>& y, int64_t s0, int64_t s1, int64_t from,
               int64_t past, const Panels<T>& panels) const {
-    const int64_t hidden = in_.sizes.hidden, batch = in_.sizes.batch;
+    const int64_t output = in_.sizes.output, batch = in_.sizes.batch;
     const auto pack = [&](Rows<const T> h, int64_t row, int64_t count) {
-      if (count > 0) kernel_.pack_rows(h, row, count, hidden, from, past, panels);
+      if (count > 0) kernel_.pack_rows(h, row, count, output, from, past, panels);
     };
     if (!active.ragged()) {
       const int64_t initial = s0 == 0 ? batch : 0;
@@ -281,11 +330,11 @@ class BackwardPass {
   const Plan plan_;
   const Kernels<T>& kernel_;
   InitialState<T> state_;
-  Right<T> w_hh_, w_ih_;
-  const PanelShape x_shape_, h_shape_;
+  Right<T> w_hh_, w_hr_, w_ih_;
+  const PanelShape x_shape_, h_shape_, raw_shape_, step_shape_;
   const bool weights_;  // a weight gradient is wanted
-  int64_t x_place_, h_place_, dz_place_, strips_place_;
-  T *x_, *h_, *dz_, *strips_;
+  int64_t x_place_, h_place_, raw_place_, dh_place_, dz_place_, strips_place_;
+  T *x_, *h_, *raw_, *dh_, *dz_, *strips_;
   Barrier all_;
   std::vector<Barrier> row_group_;
 };
@@ -294,12 +343,13 @@ class BackwardPass {
 
 template <class T>
 void backward(const Backward<T>* directions, int count, int threads) {
-  const auto [steps, batch, input, hidden] = directions->sizes;
+  const auto [steps, batch, input, hidden, output] = directions->sizes;
   if (batch == 0) {
     for (int d = 0; d < count; ++d) {
       const Backward<T>& in = directions[d];
       if (in.dw_ih) std::fill_n(in.dw_ih, 4 * hidden * input, T(0));
-      if (in.dw_hh) std::fill_n(in.dw_hh, 4 * hidden * hidden, T(0));
+      if (in.dw_hh) std::fill_n(in.dw_hh, 4 * hidden * output, T(0));
+      if (in.dw_hr) std::fill_n(in.dw_hr, output * hidden, T(0));
       if (in.db) std::fill_n(in.db, 4 * hidden, T(0));
     }
     return;

@@ -52,11 +52,11 @@ struct Shape {
 
   Shape(const Array& x, const Arrays& weights, const std::vector<int64_t>& batch_sizes) {
     const int d = x.dims - 2;
-    const int64_t D = x.shape[d + 1], H = weights[1].shape[1];
+    const int64_t D = x.shape[d + 1], H = weights[0].shape[0] / 4, P = weights[1].shape[1];
     rows = (d ? x.shape[0] : 1) * x.shape[d];
-    sizes = {d ? x.shape[0] : 1, x.shape[d], D, H};
+    sizes = {d ? x.shape[0] : 1, x.shape[d], D, H, P};
     if (batch_sizes.empty()) return;
-    sizes = {int64_t(batch_sizes.size()), batch_sizes[0], D, H};
+    sizes = {int64_t(batch_sizes.size()), batch_sizes[0], D, H, P};
     counts[0] = batch_sizes;
     first[0].resize(batch_sizes.size());
     std::partial_sum(batch_sizes.begin(), batch_sizes.end() - 1, first[0].begin() + 1);
@@ -69,92 +69,106 @@ struct Shape {
   }
 };
 
-// Direction d of a layer whose weights stand one direction after the other.
+// Direction d of a layer whose weights stand one direction after the other: W_ih, W_hh, b_ih and
+// b_hh if it has biases, W_hr if it has a projection. The same for their gradients.
+template <class T>
+struct Weights {
+  T *ih, *hh, *b_ih = nullptr, *b_hh = nullptr, *hr = nullptr;
+
+  Weights(const Arrays& arrays, int directions, int d) {
+    const size_t count = arrays.size() / size_t(directions);
+    const Array* w = arrays.data() + size_t(d) * count;
+    ih = at<T>(w[0], 0);
+    hh = at<T>(w[1], 0);
+    if (count >= 4) {
+      b_ih = at<T>(w[2], 0);
+      b_hh = at<T>(w[3], 0);
+    }
+    if (count % 2) hr = at<T>(w[count - 1], 0);
+  }
+};
 template <class T>
 Layer<T> layer(const Arrays& weights, int directions, int d, bool reverse) {
-  const size_t count = weights.size() / size_t(directions);
-  const Array* w = weights.data() + size_t(d) * count;
-  const bool biases = count == 4;
-  return {at<const T>(w[0], 0), at<const T>(w[1], 0), biases ? at<const T>(w[2], 0) : nullptr,
-          biases ? at<const T>(w[3], 0) : nullptr, reverse || d == 1};
+  const Weights<const T> w(weights, directions, d);
+  return {w.ih, w.hh, w.b_ih, w.b_hh, w.hr, reverse || d == 1};
 }
 
 void run_forward(Array x, Array h0, Array c0, const Arrays& weights, Array y, Array h_n, Array c_n,
-                 Array gates, Array cells, const std::vector<int64_t>& batch_sizes, bool reverse,
-                 int threads) {
+                 Array gates, Array cells, Array raw, const std::vector<int64_t>& batch_sizes,
+                 bool reverse, int threads) {
   py::gil_scoped_release release;
   with_type(y.itemsize, [&](auto* type) {
     using E = std::remove_pointer_t<decltype(type)>;
     const Shape shape(x, weights, batch_sizes);
-    const auto [T, N, D, H] = shape.sizes;
-    const int directions = int(y.shape[y.dims - 1] / H);
+    const auto [T, N, D, H, P] = shape.sizes;
+    const int directions = int(y.shape[y.dims - 1] / P);
     Forward<E> passes[2];
     for (int d = 0; d < directions; ++d)
       passes[d] = {shape.sizes,
                    shape.ragged(reverse || d == 1),
                    layer<E>(weights, directions, d, reverse),
                    rows<const E>(x),
-                   at<const E>(h0, d * N * H),
+                   at<const E>(h0, d * N * P),
                    at<const E>(c0, d * N * H),
-                   rows<E>(y, d * H),
-                   at<E>(h_n, d * N * H),
+                   rows<E>(y, d * P),
+                   at<E>(h_n, d * N * P),
                    at<E>(c_n, d * N * H),
                    at<E>(gates, d * shape.rows * 4 * H),
-                   at<E>(cells, d * shape.rows * H)};
+                   at<E>(cells, d * shape.rows * H),
+                   at<E>(raw, d * shape.rows * H)};
     forward(passes, directions, threads);
   });
 }
 
 void run_backward(Array x, Array h0, Array c0, const Arrays& weights, Array y, Array gates,
-                  Array cells, Array grad_y, Array grad_h, Array grad_c, Array dx,
+                  Array cells, Array raw, Array grad_y, Array grad_h, Array grad_c, Array dx,
                   const Arrays& dweights, Array dh0, Array dc0,
                   const std::vector<int64_t>& batch_sizes, bool reverse, int threads) {
   py::gil_scoped_release release;
   with_type(dc0.itemsize, [&](auto* type) {
     using E = std::remove_pointer_t<decltype(type)>;
     const Shape shape(x, weights, batch_sizes);
-    const auto [T, N, D, H] = shape.sizes;
+    const auto [T, N, D, H, P] = shape.sizes;
     const int directions = dc0.dims == 3 ? int(dc0.shape[0]) : 1;
-    const size_t count = weights.size() / size_t(directions);
     Backward<E> passes[2];
     for (int d = 0; d < directions; ++d) {
-      const Array* dw = dweights.data() + size_t(d) * count;
-      E* const db_ih = count == 4 ? at<E>(dw[2], 0) : nullptr;
-      E* const db_hh = count == 4 ? at<E>(dw[3], 0) : nullptr;
+      const Weights<E> dw(dweights, directions, d);
       passes[d] = {shape.sizes,
                    shape.ragged(reverse || d == 1),
                    layer<E>(weights, directions, d, reverse),
                    rows<const E>(x),
-                   at<const E>(h0, d * N * H),
+                   at<const E>(h0, d * N * P),
                    at<const E>(c0, d * N * H),
-                   rows<const E>(y, d * H),
+                   rows<const E>(y, d * P),
                    at<const E>(gates, d * shape.rows * 4 * H),
                    at<const E>(cells, d * shape.rows * H),
-                   rows<const E>(grad_y, d * H),
-                   at<const E>(grad_h, d * N * H),
+                   at<const E>(raw, d * shape.rows * H),
+                   rows<const E>(grad_y, d * P),
+                   at<const E>(grad_h, d * N * P),
                    at<const E>(grad_c, d * N * H),
                    {at<E>(dx, d * shape.rows * D), N * D, D, N},
-                   at<E>(dw[0], 0),
-                   at<E>(dw[1], 0),
-                   db_ih ? db_ih : db_hh,
-                   at<E>(dh0, d * N * H),
+                   dw.ih,
+                   dw.hh,
+                   dw.b_ih ? dw.b_ih : dw.b_hh,
+                   dw.hr,
+                   at<E>(dh0, d * N * P),
                    at<E>(dc0, d * N * H)};
     }
     backward(passes, directions, threads);
     // Both biases have the same gradient.
-    for (int d = 0; d < directions && count == 4; ++d) {
-      const Array* dw = dweights.data() + size_t(d) * count;
-      if (dw[2].data && dw[3].data) std::copy_n(at<E>(dw[2], 0), 4 * H, at<E>(dw[3], 0));
+    for (int d = 0; d < directions; ++d) {
+      const Weights<E> dw(dweights, directions, d);
+      if (dw.b_ih && dw.b_hh) std::copy_n(dw.b_ih, 4 * H, dw.b_hh);
     }
   });
 }
 
 // Whether a call can run as it stands: every array of the one dtype, of the shape it must have, and
 // laid out as the kernels read it. True spares the thorough checks in Python; false says nothing.
-// `dims` is that of a batched x: 3, or 2 for a cell. `packed` is the batch of a ragged x (rows, D),
-// or 0.
-bool fits(py::handle x, py::handle state, py::handle weights, int64_t D, int64_t H, int64_t layers,
-          int64_t directions, bool batch_first, int dims, int64_t packed) {
+// P is proj_size, or 0. `dims` is that of a batched x: 3, or 2 for a cell. `packed` is the batch of
+// a ragged x (rows, D), or 0.
+bool fits(py::handle x, py::handle state, py::handle weights, int64_t D, int64_t H, int64_t P,
+          int64_t layers, int64_t directions, bool batch_first, int dims, int64_t packed) {
   Array input;
   const auto plain = [&](py::handle object, Array* array) {
     if (!view(object, array) || array->itemsize != input.itemsize) return false;
@@ -183,6 +197,7 @@ bool fits(py::handle x, py::handle state, py::handle weights, int64_t D, int64_t
   if (T < 1 || N < 1) return false;
   // Far from what could be addressed; see sizes() in _check.py.
   if (double(T) * double(N + 1) * double(D + directions * H + 64) > 1e15) return false;
+  const int64_t output = P ? P : H;
 
   const auto pair = [](py::handle object) {
     return (PyTuple_Check(object.ptr()) || PyList_Check(object.ptr())) &&
@@ -193,20 +208,27 @@ bool fits(py::handle x, py::handle state, py::handle weights, int64_t D, int64_t
     const int64_t count = layers * directions;
     for (int k = 0; k < 2; ++k) {
       const py::handle part = PySequence_Fast_GET_ITEM(state.ptr(), k);
-      const bool right = dims == 3 ? batched ? is(part, {count, N, H}) : is(part, {count, H})
-                         : batched ? is(part, {N, H})
-                                   : is(part, {H});
+      const int64_t columns = k == 0 ? output : H;
+      const bool right = dims == 3
+                             ? batched ? is(part, {count, N, columns}) : is(part, {count, columns})
+                         : batched ? is(part, {N, columns})
+                                   : is(part, {columns});
       if (!right) return false;
     }
   }
   if (!PyList_Check(weights.ptr())) return false;
   const int64_t per_direction = PyList_GET_SIZE(weights.ptr()) / (layers * directions);
-  if (per_direction != 2 && per_direction != 4) return false;
+  const bool biases = per_direction >= 4;
+  if (per_direction != (biases ? 4 : 2) + (P > 0)) return false;
   for (int64_t k = 0; k < layers * directions * per_direction; ++k) {
     const int64_t kind = k % per_direction;
-    const int64_t columns = kind == 1 ? H : k < directions * per_direction ? D : directions * H;
+    const bool first_layer = k < directions * per_direction;
     const py::handle weight = PyList_GET_ITEM(weights.ptr(), k);
-    if (kind < 2 ? !is(weight, {4 * H, columns}) : !is(weight, {4 * H})) return false;
+    const bool right = kind == 0   ? is(weight, {4 * H, first_layer ? D : directions * output})
+                       : kind == 1 ? is(weight, {4 * H, output})
+                       : biases && kind < 4 ? is(weight, {4 * H})
+                                            : is(weight, {P, H});
+    if (!right) return false;
   }
   return true;
 }
@@ -231,7 +253,7 @@ Machine machine(int itemsize) {
 py::dict show_plan(int64_t T, int64_t N, int64_t D, int64_t H, int threads, int itemsize,
                    bool backward) {
   const Plan plan =
-      (backward ? plan_backward : plan_forward)({T, N, D, H}, machine(itemsize), threads);
+      (backward ? plan_backward : plan_forward)({T, N, D, H, H}, machine(itemsize), threads);
   py::dict shown;
   shown["row_groups"] = plan.row_groups;
   shown["panel_groups"] = plan.panel_groups;

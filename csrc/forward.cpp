@@ -16,12 +16,15 @@ class ForwardPass {
         plan_(plan),
         kernel_(kernel),
         state_(in.h0, in.c0, in.sizes, workspace),
+        y_shape_(in.layer.w_hr ? in.sizes.output : 0, kernel.lanes),
         row_group_(size_t(plan.row_groups)) {
-    const auto [steps, batch, input, hidden] = in.sizes;
+    const auto [steps, batch, input, hidden, output] = in.sizes;
     const int64_t padded = ceil_div(hidden, kernel.lanes) * kPanelVectors * kernel.lanes;
     bias_place_ = workspace->reserve<T>(4 * hidden);
     ih_place_ = workspace->reserve<T>(plan.direct ? 0 : padded * input);
-    hh_place_ = workspace->reserve<T>(plan.direct ? 0 : padded * hidden);
+    hh_place_ = workspace->reserve<T>(plan.direct ? 0 : padded * output);
+    hr_place_ = workspace->reserve<T>(y_shape_.packed_size(hidden));
+    raw_place_ = workspace->reserve<T>(in.layer.w_hr && !in.raw ? batch * hidden : 0);
     // Training writes the input product where the gates will be kept.
     own_z_ = !in.gates && !plan.input_in_step;
     z_place_ = workspace->reserve<T>(own_z_ ? plan.block * batch * 4 * hidden : 0);
@@ -33,11 +36,13 @@ class ForwardPass {
     w_ih_ = workspace.at<T>(ih_place_);
     w_hh_ = workspace.at<T>(hh_place_);
     z_ = workspace.at<T>(z_place_);
+    w_hr_ = workspace.at<T>(hr_place_);
+    raw_ = workspace.at<T>(raw_place_);
   }
 
   // The part of thread `id` of plan.threads().
   void work(int id) {
-    const auto [steps, batch, input, hidden] = in_.sizes;
+    const auto [steps, batch, input, hidden, output] = in_.sizes;
     const Forward<T>& in = in_;
     const Plan& plan = plan_;
     const Kernels<T>& kernel = kernel_;
@@ -53,12 +58,14 @@ class ForwardPass {
     const Series<T> y(in.y, in);
     const Series<T> kept_gates({in.gates, batch * gates, gates, batch}, in);
     const Series<T> kept_cells({in.cells, batch * hidden, hidden, batch}, in);
+    const Series<T> kept_raw({in.raw, batch * hidden, hidden, batch}, in);
+    const Rows<T> own_raw{raw_, 0, hidden, batch};
     const Rows<T> c_n{in.c_n, 0, hidden, batch};
     const Rows<T> own{z_, batch * gates, gates, batch};
 
-    const int group = id / plan.panel_groups;
+    const int group = id / plan.panel_groups, member = id % plan.panel_groups;
     const auto [n0, n1] = active.group(plan.row_groups, group);
-    const auto [p0, p1] = share(panels, plan.panel_groups, id % plan.panel_groups);
+    const auto [p0, p1] = share(panels, plan.panel_groups, member);
 
     if (id == 0)
       for (int64_t j = 0; j < gates; ++j)
@@ -66,8 +73,9 @@ class ForwardPass {
     if (!plan.direct) {
       const auto [from, to] = share(panels, threads, id);
       kernel.pack_gates(in.layer.w_ih, hidden, input, from, to, w_ih);
-      kernel.pack_gates(in.layer.w_hh, hidden, hidden, from, to, w_hh);
+      kernel.pack_gates(in.layer.w_hh, hidden, output, from, to, w_hh);
     }
+    if (in.layer.w_hr) pack_projection(threads, id);
     all_.wait(threads);
 
     for (int64_t s0 = 0; s0 < steps; s0 += plan.block) {
@@ -89,12 +97,14 @@ class ForwardPass {
         step.step = s;
         step.hidden = hidden;
         step.input = plan.input_in_step ? input : 0;
+        step.output = output;
         step.start = plan.input_in_step ? Rows<const T>{bias} : z.block(s - s0, 0, batch);
         step.x = x.block(s, 0, batch);
         step.w_ih = plan.direct ? in.layer.w_ih : w_ih;
         step.w_hh = plan.direct ? in.layer.w_hh : w_hh;
         step.c = in.cells ? kept_cells.block(s, 0, batch) : c_n;
-        step.h = y.block(s, 0, batch);
+        const Rows<T> raw = in.raw ? kept_raw.block(s, 0, batch) : own_raw;
+        step.h = in.layer.w_hr ? raw : y.block(s, 0, batch);
         step.gates = in.gates ? kept_gates.block(s, 0, batch) : Rows<T>{};
         const auto run = plan.direct ? kernel.step_forward_direct : kernel.step_forward;
         // Sequences that go on, then those that begin here.
@@ -110,32 +120,67 @@ class ForwardPass {
           run(step, std::max(n0, going), std::min(n1, all), p0, p1);
         }
         row_group_[size_t(group)].wait(plan.panel_groups);
+        if (in.layer.w_hr) {
+          const int64_t count = std::min(n1, all) - n0;
+          if (count > 0) project(raw.block(0, n0, count), y.block(s, n0, count), count, member);
+          row_group_[size_t(group)].wait(plan.panel_groups);
+        }
       }
     }
 
     // What the last step of each sequence left.
-    const int64_t j0 = p0 * lanes, j1 = std::min(p1 * lanes, hidden);
-    const auto last = [&, n0 = n0, n1 = n1, steps = steps, hidden = hidden](const Series<T>& from,
-                                                                            T* to) {
+    const auto last = [&, n0 = n0, n1 = n1, steps = steps](const Series<T>& from, int64_t columns,
+                                                           T* to) {
+      const auto [j0, j1] = share(columns, plan.panel_groups, member);
       int64_t s = steps - 1;
       for (int64_t n = n0; n < n1; ++n) {
         while (active.at(s) <= n) --s;
         const T* row = from.block(s, n, 1).at(0, 0);
-        std::copy(row + j0, row + j1, to + n * hidden + j0);
+        std::copy(row + j0, row + j1, to + n * columns + j0);
       }
     };
-    if (in.h_n) last(y, in.h_n);
-    if (in.c_n && in.cells) last(kept_cells, in.c_n);
+    if (in.h_n) last(y, output, in.h_n);
+    if (in.c_n && in.cells) last(kept_cells, hidden, in.c_n);
   }
 
  private:
+  // The panels of W_hr^T that thread `id` packs.
+  void pack_projection(int threads, int id) {
+    const int64_t hidden = in_.sizes.hidden, output = in_.sizes.output;
+    const Panels<T> panels = y_shape_.packed(w_hr_, hidden);
+    const auto [from, past] = share(y_shape_.count, threads, id);
+    for (int64_t p = from; p < past; ++p) {
+      const int64_t first = p * y_shape_.panel_row;
+      const int64_t columns = std::min(output - first, y_shape_.panel_row);
+      T* to = const_cast<T*>(panels.at(p));
+      if (columns < panels.step(p)) std::fill_n(to, hidden * panels.step(p), T(0));
+      const Rows<const T> rows{in_.layer.w_hr + first * hidden, hidden, hidden, 1};
+      kernel_.transpose(rows, columns, 0, hidden, to, panels.step(p));
+    }
+  }
+
+  // h = raw W_hr^T for `count` rows, the panels cut among the row group.
+  void project(Rows<const T> raw, Rows<T> h, int64_t count, int member) {
+    Product<T> product;
+    product.a = raw;
+    product.depth = in_.sizes.hidden;
+    product.b = y_shape_.packed(w_hr_, product.depth);
+    product.c = h;
+    product.columns = {in_.sizes.output, false};
+    product.start = nullptr;
+    product.accumulate = false;
+    const auto [from, past] = share(y_shape_.count, plan_.panel_groups, member);
+    kernel_.product(product, 0, count, from, past);
+  }
+
   const Forward<T> in_;
   const Plan plan_;
   const Kernels<T>& kernel_;
   InitialState<T> state_;
-  int64_t bias_place_, ih_place_, hh_place_, z_place_;
+  const PanelShape y_shape_;  // of W_hr^T
+  int64_t bias_place_, ih_place_, hh_place_, z_place_, hr_place_, raw_place_;
   bool own_z_;
-  T *bias_, *w_ih_, *w_hh_, *z_;
+  T *bias_, *w_ih_, *w_hh_, *z_, *w_hr_, *raw_;
   Barrier all_;
   std::vector<Barrier> row_group_;
 };

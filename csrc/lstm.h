@@ -1,13 +1,14 @@
 // The whole C++ interface of fastlstm: one LSTM layer in one direction, on raw pointers.
 //
 // Legend
-//   T  time steps        N  batch         D  input size       H  hidden size
+//   T  time steps    N  batch    D  input size    H  hidden size
+//   P  columns of h: proj_size, or H without a projection
 //   Gates stand in the order i f g o of torch.nn.LSTM: row g*H + j of a (4H, .) matrix is gate g of
 //   unit j.
 //
 //     z_t = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh
 //     i, f, o = sigmoid(z_i, z_f, z_o)    g = tanh(z_g)
-//     c_t = f * c_{t-1} + i * g           h_t = o * tanh(c_t)
+//     c_t = f * c_{t-1} + i * g           h_t = o * tanh(c_t), or W_hr (o * tanh(c_t))
 //
 // (Hochreiter & Schmidhuber 1997, with the forget gate of Gers, Schmidhuber & Cummins 2000.)
 //
@@ -46,6 +47,7 @@ struct Sizes {
   int64_t batch;   // N >= 0
   int64_t input;   // D >= 1
   int64_t hidden;  // H >= 1
+  int64_t output;  // P >= 1, H without a projection
 };
 
 // Sequences of different lengths, the longest first, as in torch's PackedSequence: the arrays over
@@ -60,9 +62,10 @@ struct Ragged {
 template <class T>
 struct Layer {
   const T* w_ih;  // (4H, D)
-  const T* w_hh;  // (4H, H)
+  const T* w_hh;  // (4H, P)
   const T* b_ih;  // (4H) or null
   const T* b_hh;  // (4H) or null
+  const T* w_hr;  // (P, H), or null: no projection
   bool reverse;   // time runs from T-1 to 0
 };
 
@@ -72,13 +75,14 @@ struct Forward {
   Ragged ragged;
   Layer<T> layer;
   Rows<const T> x;  // (T, N, D)
-  const T* h0;      // (N, H) or null: zeros
+  const T* h0;      // (N, P) or null: zeros
   const T* c0;      // (N, H) or null: zeros
-  Rows<T> y;        // (T, N, H)  h_t, at the time of x_t
-  T* h_n;           // (N, H) or null
+  Rows<T> y;        // (T, N, P)  h_t, at the time of x_t
+  T* h_n;           // (N, P) or null
   T* c_n;           // (N, H), or null where cells is not
   T* gates;         // (T, N, 4, H) i f g o after their activations, or null: keep nothing
   T* cells;         // (T, N, H) c_t, or null
+  T* raw;           // (T, N, H) o * tanh(c_t), or null; kept with a projection only
 };
 
 // Gradients of a scalar loss. A null output is not computed.
@@ -88,19 +92,21 @@ struct Backward {
   Ragged ragged;
   Layer<T> layer;
   Rows<const T> x;       // (T, N, D)
-  const T* h0;           // (N, H) or null: zeros
+  const T* h0;           // (N, P) or null: zeros
   const T* c0;           // (N, H) or null: zeros
-  Rows<const T> y;       // (T, N, H)      as the forward pass left it; not read where T is 1
+  Rows<const T> y;       // (T, N, P)      as the forward pass left it; not read where T is 1
   const T* gates;        // (T, N, 4, H)   likewise
   const T* cells;        // (T, N, H)      likewise
-  Rows<const T> grad_y;  // (T, N, H), data null: zeros
-  const T* grad_h;       // (N, H) or null: zeros
+  const T* raw;          // (T, N, H)      likewise; null without a projection
+  Rows<const T> grad_y;  // (T, N, P), data null: zeros
+  const T* grad_h;       // (N, P) or null: zeros
   const T* grad_c;       // (N, H) or null: zeros
   Rows<T> dx;            // (T, N, D), data may be null
   T* dw_ih;              // (4H, D) or null
-  T* dw_hh;              // (4H, H) or null
+  T* dw_hh;              // (4H, P) or null
   T* db;                 // (4H) or null: the gradient of either bias
-  T* dh0;                // (N, H) or null
+  T* dw_hr;              // (P, H) or null
+  T* dh0;                // (N, P) or null
   T* dc0;                // (N, H), always computed
 };
 

@@ -15,24 +15,48 @@
 
 namespace fastlstm {
 
-// h0 and c0: (N, H), or one row of zeros for every row of the batch where missing.
+// Panels of `lanes` x 4 columns, the last one as narrow as whole vectors allow.
+struct PanelShape {
+  int64_t count, full, tail_row;  // panels; those of full width; row length of the tail
+  int64_t panel_row;
+
+  PanelShape(int64_t columns, int64_t lanes)
+      : count(ceil_div(columns, kPanelVectors * lanes)),
+        full(columns / (kPanelVectors * lanes)),
+        tail_row(ceil_div(columns % (kPanelVectors * lanes), lanes) * lanes),
+        panel_row(kPanelVectors * lanes) {}
+
+  int64_t packed_size(int64_t depth) const { return depth * (full * panel_row + tail_row); }
+  template <class T>
+  Panels<T> packed(const T* data, int64_t depth) const {
+    return {data, depth * panel_row, panel_row, full, data + full * depth * panel_row, tail_row};
+  }
+  // A row-major matrix as it stands; only its tail panel has been packed.
+  template <class T>
+  Panels<T> in_place(const T* matrix, int64_t columns, const T* tail) const {
+    return {matrix, panel_row, columns, full, tail, tail_row};
+  }
+};
+
+// h0 (N, P) and c0 (N, H), or one row of zeros for every row of the batch where missing.
 template <class T>
 class InitialState {
  public:
   InitialState(const T* h0, const T* c0, const Sizes& sizes, Workspace* workspace)
       : h0_(h0), c0_(c0), sizes_(sizes) {
-    place_ = workspace->reserve<T>(h0 && c0 ? 0 : sizes.hidden);
+    place_ = workspace->reserve<T>(h0 && c0 ? 0 : width());
   }
   void bind(const Workspace& workspace) {
     zeros_ = workspace.at<T>(place_);
-    if (!h0_ || !c0_) std::fill_n(zeros_, sizes_.hidden, T(0));
+    if (!h0_ || !c0_) std::fill_n(zeros_, width(), T(0));
   }
-  Rows<const T> h0() const { return rows(h0_); }
-  Rows<const T> c0() const { return rows(c0_); }
+  Rows<const T> h0() const { return rows(h0_, sizes_.output); }
+  Rows<const T> c0() const { return rows(c0_, sizes_.hidden); }
 
  private:
-  Rows<const T> rows(const T* given) const {
-    return given ? Rows<const T>{given, 0, sizes_.hidden, sizes_.batch}
+  int64_t width() const { return std::max(sizes_.hidden, sizes_.output); }
+  Rows<const T> rows(const T* given, int64_t columns) const {
+    return given ? Rows<const T>{given, 0, columns, sizes_.batch}
                  : Rows<const T>{zeros_, 0, 0, sizes_.batch};
   }
 

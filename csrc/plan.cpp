@@ -71,7 +71,7 @@ Plan plan_forward(const Sizes& s, const Machine& m, int threads) {
   Plan plan;
   plan.direct = direct(s, kDirectRowsForward);
   plan.input_in_step = plan.direct || s.batch >= kBatchInStep || s.input <= kInputInStep;
-  choose_grid(s, m, {double(s.hidden + s.input), ceil_div(s.hidden, m.lanes), 0}, threads, &plan);
+  choose_grid(s, m, {double(s.output + s.input), ceil_div(s.hidden, m.lanes), 0}, threads, &plan);
   plan.block = std::clamp<int64_t>(kForwardBlockRows / std::max<int64_t>(1, s.batch), 1, s.steps);
   return plan;
 }
@@ -81,7 +81,7 @@ Plan plan_backward(const Sizes& s, const Machine& m, int threads) {
   plan.direct = direct(s, kDirectRowsBackward);
   const double gates = 4 * double(s.hidden);
   const double spread =
-      double(s.batch) * gates * double(2 * s.input + s.hidden) / double(2 * m.lanes);
+      double(s.batch) * gates * double(2 * s.input + s.output) / double(2 * m.lanes);
   choose_grid(s, m, {gates, ceil_div(s.hidden, 4 * m.lanes), spread}, threads, &plan);
   plan.block = std::clamp<int64_t>(kBackwardBlockRows / std::max<int64_t>(1, s.batch), 1, s.steps);
   return plan;

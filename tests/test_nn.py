@@ -934,15 +934,135 @@ def test_packed_sequences(enforce_sorted, bidirectional):
         assert_close(run(ours, hx), run(theirs, hx))
 
 
-@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.fixture
+def restore_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+RAGGED = {
+    "one step": [1],
+    "one sequence": [7],
+    "equal": [4, 4, 4],
+    "steps": [9, 2, 1, 1, 1],
+    "blocks": [20] * 3 + [11] * 5 + [2] * 9,
+    "ramp": list(range(40, 0, -1)),
+    "long": [700, 690, 3],
+}
+projected = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+
+
+@projected
+@pytest.mark.parametrize("lengths", RAGGED.values(), ids=RAGGED)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("sizes", [(4, 5, 0), (13, 37, 11), (20, 150, 130)], ids=str)
 @pytest.mark.parametrize("bidirectional", [False, True])
-@every_dtype
-def test_projections(bidirectional, dtype):
-    ours, theirs = pair(D, H, 2, proj_size=3, bidirectional=bidirectional, dtype=dtype)
+def test_ragged_batches_equal_torch(
+    monkeypatch, lengths, threads, sizes, bidirectional, restore_threads
+):
+    D, H, P = sizes
+    ours, theirs = pair(D, H, 2, proj_size=P, bidirectional=bidirectional, dtype=F64)
+    torch.set_num_threads(threads)
+    order = np.random.default_rng(0).permutation(len(lengths)).tolist()
+    xs = [leaf(lengths[k], D, dtype=F64, seed=k) for k in order]
     slots = 4 if bidirectional else 2
-    state = [leaf(slots, N, size, dtype=dtype, seed=size) for size in (3, H)]
-    assert_same(ours, theirs, leaf(T, N, D, dtype=dtype), *state)
-    assert_same(ours, theirs, leaf(T, N, D, dtype=dtype))
+    state = [leaf(slots, len(lengths), size, dtype=F64, seed=size) for size in (P or H, H)]
+    weighting = torch.from_numpy(
+        np.random.default_rng(1).standard_normal((sum(lengths), (P or H) * (slots // 2)))
+    )
+
+    def run(module, hx):
+        y, (h, c) = module(rnn.pack_sequence(xs, enforce_sorted=False), hx)
+        loss = (y.data * weighting).sum() + (h * 1.3).sum() + c.square().sum()
+        inputs = [*xs, *(hx or ()), *module.parameters()]
+        return [y.data, h, c, *torch.autograd.grad(loss, inputs)]
+
+    expected = [run(theirs, hx) for hx in (None, state)]
+    monkeypatch.setattr(torch.nn.LSTM, "forward", None)  # no way back to torch's own path
+    for hx, results in zip((None, state), expected, strict=True):
+        assert_close(run(ours, hx), results)
+
+
+def test_a_ragged_batch_is_its_sequences(restore_threads):
+    """Bit for bit what each sequence gives on its own rows of a padded batch."""
+    module = fastlstm.nn.LSTM(6, 20)
+    lengths = [9, 7, 7, 4, 1]
+    padded = torch.randn(9, 5, 6)
+    packed = rnn.pack_padded_sequence(padded, lengths)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        with torch.no_grad():
+            y, (h, c) = module(packed)
+            whole, _ = module(padded)
+        y, _ = rnn.pad_packed_sequence(y)
+        for n, length in enumerate(lengths):
+            assert torch.equal(y[:length, n], whole[:length, n])
+            assert torch.equal(h[0, n], whole[length - 1, n])
+            assert not y[length:, n].any()
+        results.append((y, h, c))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("sizes", [[2, 3], [3, 0], [3, 1], [5, 1, -1], [6, 6]], ids=str)
+def test_packed_sequences_made_by_hand(sizes):
+    packed = rnn.PackedSequence(torch.zeros(5, D), torch.tensor(sizes, dtype=torch.int64))
+    with pytest.raises(RuntimeError, match=r"input.batch_sizes: expected positive numbers"):
+        fastlstm.nn.LSTM(D, H)(packed)
+
+
+@projected
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_double_backward_of_packed_and_projected(create_graph):
+    ours, theirs = pair(D, H, proj_size=3, bidirectional=True, dtype=F64)
+    xs = [leaf(n, D, dtype=F64, seed=n) for n in (5, 3, 1)]
+
+    def run(module):
+        y, _ = module(rnn.pack_sequence(xs))
+        (grad,) = torch.autograd.grad(y.data.square().sum(), xs[0], create_graph=create_graph)
+        if not create_graph:
+            return grad
+        return torch.autograd.grad(grad.square().sum(), [*xs, *module.parameters()])
+
+    assert_close(run(ours), run(theirs))
+
+
+@projected
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "sizes", [(T, N, D, H, 3), (1, 1, 9, 33, 32), (3, 2, 5, 70, 1), (40, 19, 30, 130, 67)], ids=str
+)
+@every_dtype
+def test_projections(bidirectional, bias, sizes, dtype, restore_threads):
+    T, N, D, H, P = sizes
+    ours, theirs = pair(D, H, 2, proj_size=P, bidirectional=bidirectional, bias=bias, dtype=dtype)
+    slots = 4 if bidirectional else 2
+    state = [leaf(slots, N, size, dtype=dtype, seed=size) for size in (P, H)]
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        assert_same(ours, theirs, leaf(T, N, D, dtype=dtype), *state)
+        assert_same(ours, theirs, leaf(T, N, D, dtype=dtype))
+        ours.zero_grad()
+        ours(leaf(T, N, D, dtype=dtype), tuple(state))[0].square().sum().backward()
+        results.append([w.grad.clone() for w in ours.parameters()])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@projected
+def test_gradcheck_packed_and_projected():
+    module = fastlstm.nn.LSTM(2, 5, proj_size=3, bidirectional=True, dtype=F64)
+    xs = [leaf(n, 2, dtype=F64, seed=n) for n in (4, 2, 2)]
+
+    def run(*inputs):
+        y, (h, c) = module(rnn.pack_sequence(inputs[:3]))
+        return y.data, h, c
+
+    assert torch.autograd.gradcheck(run, [*xs, *module.parameters()])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -965,7 +1085,7 @@ for dtype in (torch.float32, torch.float64):
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(3, 4, 5, dtype=dtype)
     weights = list(ours.parameters())
-    fits = lambda x: _core.fits(x, None, weights, 5, 7, 2, 2, False, 3, 0)
+    fits = lambda x: _core.fits(x, None, weights, 5, 7, 0, 2, 2, False, 3, 0)
     assert fits(x) and not fits(x.half()) and not fits(x.to("meta")) and not fits(x.long())
     for module in (theirs, ours):
         module(x)[0].square().sum().backward()
@@ -982,7 +1102,7 @@ def test_what_the_kernels_may_read():
     weights = list(module.parameters())
 
     def fits(x, weights=weights, state=None):
-        return fastlstm._core.fits(x, state, weights, 4, 5, 1, 1, False, 3, 0)
+        return fastlstm._core.fits(x, state, weights, 4, 5, 0, 1, 1, False, 3, 0)
 
     x, h = leaf(3, 2, 4), leaf(1, 2, 5)
     assert fits(x) and fits(x[:, 0]) and fits(x.transpose(0, 1)) and fits(x, state=[h, h])

@@ -54,26 +54,29 @@ struct StepForward {
   int64_t step;  // odd steps take the panels in descending order
   int64_t hidden;
   int64_t input;        // D, or 0 where `start` already holds the input product
+  int64_t output;       // P, the columns of h_prev
   Rows<const T> start;  // (N, 4H); step_n 0 for a bias
   Rows<const T> x;      // (N, D)
   const T* w_ih;        // gate panels (see pack_gates), or (4H, D) as it is for step_forward_direct
   Rows<const T> h_prev;
-  const T* w_hh;  // gate panels, or (4H, H) as it is
+  const T* w_hh;  // gate panels, or (4H, P) as it is
   Rows<const T> c_prev;
   Rows<T> c;
   Rows<T> h;
   Rows<T> gates;  // data null: not kept
 };
 
-// One time step back. dh = grad_y + grad_h + dz_next W_hh, then dz, and dc in place.
+// One time step back. dh = grad_y + grad_h + next W, then dz, and dc in place. Without a projection
+// next is dz of the next step and W is W_hh; with one they are dL/dh_t and W_hr.
 template <class T>
 struct StepBackward {
   int64_t step;  // odd steps take the panels in descending order
   int64_t hidden;
   Rows<const T> grad_y;   // data null: zeros
   Rows<const T> grad_h;   // data null: zeros
-  Rows<const T> dz_next;  // (N, 4H), data null: no later step
-  Panels<T> w_hh;         // plain panels, K = 4H
+  Rows<const T> next;     // (N, depth), data null: no such term
+  int64_t depth;          // K
+  Panels<T> w;            // plain panels
   Rows<const T> gates;
   Rows<const T> c_prev;
   Rows<const T> c;

@@ -307,7 +307,7 @@ void step_forward(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p0, 
           multiply<T, M, 4>(a, depth, w + p * depth * row, row, ahead, z);
         };
         add(in.x, in.input, in.w_ih);
-        add(in.h_prev, H, in.w_hh);
+        add(in.h_prev, in.output, in.w_hh);
         for (int r = 0; r < M; ++r) cell_forward<T>(in, n + r, unit, z[r], part);
       });
     });
@@ -358,7 +358,7 @@ void step_forward_direct(const StepForward<T>& in, int64_t n0, int64_t n1, int64
             Vec<T> total[C][M] = {};
             const int64_t row = gate * H + unit + l;
             dot_rows<T>(x, in.input, in.w_ih + row * in.input, total);
-            dot_rows<T>(h, H, in.w_hh + row * H, total);
+            dot_rows<T>(h, in.output, in.w_hh + row * in.output, total);
             for (int r = 0; r < C; ++r)
               for (int m = 0; m < M; ++m) sums[m][l + r] = total[r][m];
           };
@@ -422,11 +422,11 @@ void step_backward(const StepBackward<T>& in, int64_t n0, int64_t n1, int64_t p0
           };
           if (in.grad_y.data) add(in.grad_y);
           if (in.grad_h.data) add(in.grad_h);
-          if (in.dz_next.data) {
+          if (in.next.data) {
             const T* a[M];
-            for (int r = 0; r < M; ++r) a[r] = in.dz_next.at(0, n + r);
-            multiply<T, M, V>(a, 4 * H, in.w_hh.at(p), in.w_hh.step(p),
-                              next_part(in.w_hh.at(next), n - n0, 4 * H), dh);
+            for (int r = 0; r < M; ++r) a[r] = in.next.at(0, n + r);
+            multiply<T, M, V>(a, in.depth, in.w.at(p), in.w.step(p),
+                              next_part(in.w.at(next), n - n0, in.depth), dh);
           }
           for (int r = 0; r < M; ++r) {
             for (int v = 0; v < V - 1; ++v)

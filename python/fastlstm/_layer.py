@@ -86,7 +86,9 @@ def run_forward(
     """
     tape = LayerTape(x, weights, h0, c0, y, len(h_n), reverse) if need_tape else None
     gates, cells = (None, None) if tape is None else (tape._gates, tape._cells)
-    _core.forward(x, h0, c0, weights, y, h_n, c_n, gates, cells, (), reverse, get_num_threads())
+    _core.forward(
+        x, h0, c0, weights, y, h_n, c_n, gates, cells, None, (), reverse, get_num_threads()
+    )
     return tape
 
 
@@ -109,6 +111,7 @@ def run_backward(
         tape._y,
         tape._gates,
         tape._cells,
+        None,
         None if grad_y is None else _check.rows(grad_y),
         grad_h,
         grad_c,

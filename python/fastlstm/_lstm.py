@@ -194,9 +194,9 @@ class LSTM:
         )
         dtype = self.dtype
         weights = [self.weights.get(name) for name in self._names]
-        if not _core.fits(x, state, weights, D, H, layers, directions, self.batch_first, 3, 0) or (
-            x.dtype != dtype
-        ):
+        if not _core.fits(
+            x, state, weights, D, H, 0, layers, directions, self.batch_first, 3, 0
+        ) or (x.dtype != dtype):
             x, state, weights = self._checked(x, state)
         batched = x.ndim == 3
         if not batched:

@@ -23,6 +23,7 @@ _core.use_torch(Tensor, Parameter, getattr(Tensor, "__dlpack_c_exchange_api__", 
 
 _Module = TypeVar("_Module", bound=torch.nn.Module)
 _Grads = tuple[Tensor | None, ...]
+_Kept = tuple[Tensor | None, Tensor | None, Tensor | None]  # gates, cells, h before projection
 
 
 def _observed() -> bool:
@@ -79,24 +80,27 @@ def _run_forward(
     directions: int,
     batch_sizes: list[int],
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Run one layer: x (T, N, D), h0 and c0 (directions, N, H), weights of each direction in turn.
+) -> tuple[Tensor, Tensor, Tensor, _Kept]:
+    """Run one layer on x (T, N, D), h0 (directions, N, P) and c0 (directions, N, H).
 
-    A state of None is zeros. Returns y (T, N, directions*H), h_n, c_n, and with `keep` gates
-    (directions, T, N, 4H) and cells (directions, T, N, H). Where `batch_sizes` is not empty, the
-    batch is ragged and (rows,) stands for (T, N).
+    A state of None is zeros; the weights stand one direction after the other; P is H without a
+    projection. Where `batch_sizes` is not empty the batch is ragged: (rows,) stands for (T, N).
+    Returns y (T, N, directions*P), h_n, c_n, and with `keep` gates (directions, T, N, 4H), cells
+    and, with a projection, h before it (directions, T, N, H).
     """
     *rows, _ = x.shape
     N = batch_sizes[0] if batch_sizes else rows[1]
-    H = weights[1].shape[1]
-    y = x.new_empty(*rows, directions * H)
-    h_n = x.new_empty(directions, N, H)
+    H, P = weights[0].shape[0] // 4, weights[1].shape[1]
+    projects = len(weights) // directions % 2 == 1
+    y = x.new_empty(*rows, directions * P)
+    h_n = x.new_empty(directions, N, P)
     c_n = x.new_empty(directions, N, H)
     gates = x.new_empty(directions, *rows, 4 * H) if keep else None
     cells = x.new_empty(directions, *rows, H) if keep else None
+    raw = x.new_empty(directions, *rows, H) if keep and projects else None
     threads = torch.get_num_threads()
-    _core.forward(x, h0, c0, weights, y, h_n, c_n, gates, cells, batch_sizes, False, threads)
-    return y, h_n, c_n, gates, cells
+    _core.forward(x, h0, c0, weights, y, h_n, c_n, gates, cells, raw, batch_sizes, False, threads)
+    return y, h_n, c_n, (gates, cells, raw)
 
 
 class _Layer(torch.autograd.Function):
@@ -112,23 +116,24 @@ class _Layer(torch.autograd.Function):
         c0: Tensor | None,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, h_n, c_n, gates, cells = _run_forward(
+        y, h_n, c_n, kept = _run_forward(
             x, h0, c0, list(weights), directions, batch_sizes, keep=True
         )
         ctx.layer = directions, batch_sizes
-        ctx.save_for_backward(y, gates, cells, x, h0, c0, *weights)
+        ctx.save_for_backward(y, *kept, x, h0, c0, *weights)
         ctx.set_materialize_grads(False)
         return y, h_n, c_n
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> _Grads:
-        y, gates, cells, *inputs = ctx.saved_tensors
+        y, gates, cells, raw, *inputs = ctx.saved_tensors
         needed = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():  # create_graph=True
             layer = partial(_torch_layer, *ctx.layer)
             found = _differentiable_gradients(layer, inputs, grads, needed)
         else:
-            found = _run_backward(ctx.layer, inputs, y, gates, cells, grads, needed)
+            kept = gates, cells, raw
+            found = _run_backward(ctx.layer, inputs, y, kept, grads, needed)
         return None, None, *found
 
 
@@ -136,20 +141,18 @@ def _run_backward(
     layer: tuple[int, list[int]],
     inputs: list[Any],
     y: Tensor,
-    gates: Tensor,
-    cells: Tensor,
+    kept: _Kept,
     grads: tuple[Tensor | None, ...],
     needed: tuple[bool, ...],
 ) -> _Grads:
     x, h0, c0, *weights = inputs
     directions, batch_sizes = layer
-    *_, N, H = cells.shape
-    if batch_sizes:
-        N = batch_sizes[0]
+    H, P = weights[0].shape[0] // 4, weights[1].shape[1]
+    N = batch_sizes[0] if batch_sizes else x.shape[1]
     grad_y, grad_h, grad_c = map(_gradient, grads)
     needs_x, needs_h0, needs_c0, *needs_weights = needed
     dx = x.new_empty(directions, *x.shape) if needs_x else None
-    dh0 = x.new_empty(directions, N, H) if needs_h0 else None
+    dh0 = x.new_empty(directions, N, P) if needs_h0 else None
     dc0 = x.new_empty(directions, N, H)
     dweights = _like(weights, needs_weights)
     _core.backward(
@@ -158,8 +161,7 @@ def _run_backward(
         c0,
         weights,
         y,
-        gates,
-        cells,
+        *kept,
         None if grad_y is None else _rows(grad_y),
         None if grad_h is None else grad_h.contiguous(),
         None if grad_c is None else grad_c.contiguous(),
@@ -208,10 +210,12 @@ def _differentiable_gradients(
 def _torch_layer(
     directions: int, batch_sizes: list[int], x: Tensor, h0: Any, c0: Any, *weights: Tensor
 ) -> tuple[Tensor, ...]:
-    biases = len(weights) == 4 * directions
+    biases = len(weights) >= 4 * directions
     N = batch_sizes[0] if batch_sizes else x.shape[1]
-    zeros = x.new_zeros((directions, N, weights[1].shape[1]))
-    state = (zeros if h0 is None else h0, zeros if c0 is None else c0)
+    if h0 is None or c0 is None:
+        h0 = x.new_zeros((directions, N, weights[1].shape[1]))
+        c0 = x.new_zeros((directions, N, weights[0].shape[0] // 4))
+    state = (h0, c0)
     rest = (weights, biases, 1, 0.0, False, directions == 2)
     y, h, c = (
         torch._VF.lstm(x, torch.tensor(batch_sizes), state, *rest)
@@ -256,9 +260,9 @@ def _batch_sizes(packed: PackedSequence) -> list[int]:
 class LSTM(torch.nn.LSTM):
     """`torch.nn.LSTM` on the kernels of fastlstm: the same constructor, parameters and results.
 
-    Dense float32 and float64 CPU tensors run on the kernels, forward and backward. Everything else
-    (packed sequences, `proj_size`, half precision, other devices, functorch transforms, autocast,
-    tracing and compiling, double backward) runs as in `torch.nn.LSTM`.
+    float32 and float64 CPU tensors run on the kernels, forward and backward, packed sequences and
+    `proj_size` included. Everything else (half precision, other devices, functorch transforms,
+    autocast, tracing and compiling, double backward) runs as in `torch.nn.LSTM`.
     """
 
     def forward(self, input: Any, hx: Any = None) -> Any:
@@ -276,7 +280,8 @@ class LSTM(torch.nn.LSTM):
         x = input.data if ragged else input
         batch_sizes = _batch_sizes(input) if ragged else []
         N = batch_sizes[0] if ragged else 0
-        sizes = (self.input_size, self.hidden_size, layers, directions, self.batch_first, 3, N)
+        layout = (layers, directions, self.batch_first, 3, N)
+        sizes = (self.input_size, self.hidden_size, self.proj_size, *layout)
         if not _core.fits(x, hx, weights, *sizes):
             self._check(input, hx, weights)
             packed = _packed(x, hx, weights)
@@ -383,6 +388,7 @@ class _Step(torch.autograd.Function):
             gates,
             cells,
             None,
+            None,
             None if grad_h is None else grad_h.contiguous(),
             None if grad_c is None else grad_c.contiguous(),
             dx,
@@ -403,7 +409,9 @@ def _run_step(
     h, c = x.new_empty(N, H), x.new_empty(N, H)
     gates = x.new_empty(N, 4 * H) if keep else None
     cells = torch.empty_like(c) if keep else None
-    _core.forward(x, h0, c0, weights, h, None, c, gates, cells, (), False, torch.get_num_threads())
+    _core.forward(
+        x, h0, c0, weights, h, None, c, gates, cells, None, (), False, torch.get_num_threads()
+    )
     return h, c, gates, cells
 
 
@@ -431,7 +439,7 @@ class LSTMCell(torch.nn.LSTMCell):
             own[n] if n in own else getattr(self, n, None)
             for n in (self._names if self.bias else self._names[:2])
         ]
-        sizes = (self.input_size, self.hidden_size, 1, 1, False, 2, 0)
+        sizes = (self.input_size, self.hidden_size, 0, 1, 1, False, 2, 0)
         if not _core.fits(input, hx, weights, *sizes):
             packed = _packed(input, hx, weights)
             if not _core.fits(*packed, *sizes):
