@@ -17,6 +17,12 @@ struct Array {
   int64_t shape[kDims] = {};
   int64_t step[kDims] = {};  // strides, counting elements
 
+  // Of its elements, if they lie without gaps.
+  int64_t bytes() const {
+    int64_t count = itemsize;
+    for (int d = 0; d < dims; ++d) count *= shape[d];
+    return packed() ? count : 0;
+  }
   bool empty() const { return std::find(shape, shape + dims, 0) != shape + dims; }
   // A row may be read as it stands: its elements are neighbours.
   bool has_rows() const { return step[dims - 1] == 1 || shape[dims - 1] == 1; }

@@ -13,6 +13,7 @@
 #include "arrays.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
+#include "cpu/workspace.h"
 #include "lstm.h"
 #include "plan.h"
 
@@ -97,6 +98,8 @@ void run_forward(Array x, Array h0, Array c0, const Arrays& weights, Array y, Ar
                  Array gates, Array cells, Array raw, const std::vector<int64_t>& batch_sizes,
                  bool reverse, int threads) {
   py::gil_scoped_release release;
+  for (const Array* array : {&y, &gates, &cells, &raw})
+    prefer_huge_pages(array->data, array->bytes());
   with_type(y.itemsize, [&](auto* type) {
     using E = std::remove_pointer_t<decltype(type)>;
     const Shape shape(x, weights, batch_sizes);
@@ -125,6 +128,8 @@ void run_backward(Array x, Array h0, Array c0, const Arrays& weights, Array y, A
                   const Arrays& dweights, Array dh0, Array dc0,
                   const std::vector<int64_t>& batch_sizes, bool reverse, int threads) {
   py::gil_scoped_release release;
+  prefer_huge_pages(dx.data, dx.bytes());
+  for (const Array& array : dweights) prefer_huge_pages(array.data, array.bytes());
   with_type(dc0.itemsize, [&](auto* type) {
     using E = std::remove_pointer_t<decltype(type)>;
     const Shape shape(x, weights, batch_sizes);

@@ -72,11 +72,11 @@ template <class T>
 struct StepBackward {
   int64_t step;  // odd steps take the panels in descending order
   int64_t hidden;
-  Rows<const T> grad_y;   // data null: zeros
-  Rows<const T> grad_h;   // data null: zeros
-  Rows<const T> next;     // (N, depth), data null: no such term
-  int64_t depth;          // K
-  Panels<T> w;            // plain panels
+  Rows<const T> grad_y;  // data null: zeros
+  Rows<const T> grad_h;  // data null: zeros
+  Rows<const T> next;    // (N, depth), data null: no such term
+  int64_t depth;         // K
+  Panels<T> w;           // plain panels
   Rows<const T> gates;
   Rows<const T> c_prev;
   Rows<const T> c;

@@ -8,6 +8,16 @@
 
 namespace fastlstm {
 
+// Asks for huge pages for memory that is about to be written for the first time, as NumPy does for
+// arrays of 4 MiB: the system then zeroes 512 pages in one fault. Only whole huge pages inside.
+inline void prefer_huge_pages(void* memory, int64_t size) {
+  constexpr uintptr_t kHuge = 2 << 20;
+  if (!memory || size < int64_t(2 * kHuge)) return;
+  const uintptr_t from = (uintptr_t(memory) + kHuge - 1) & ~(kHuge - 1);
+  const uintptr_t past = (uintptr_t(memory) + uintptr_t(size)) & ~(kHuge - 1);
+  madvise(reinterpret_cast<void*>(from), past - from, MADV_HUGEPAGE);
+}
+
 // Memory that a thread keeps for its next call: the system zeroes fresh pages one fault at a time,
 // which costs more than a small step. Large blocks ask for huge pages.
 class Scratch {
