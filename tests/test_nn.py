@@ -708,9 +708,49 @@ def test_convert_leaves_subclasses_alone():
     class MyCell(nn.LSTMCell):
         pass
 
-    model = fastlstm.nn.convert(nn.ModuleList([Mine(D, H), MyCell(D, H), nn.GRU(D, H)]))
-    assert [type(m) for m in model] == [Mine, MyCell, nn.GRU]
-    assert type(fastlstm.nn.convert(Mine(D, H))) is Mine
+    model = nn.ModuleList([Mine(D, H), MyCell(D, H), nn.GRU(D, H), nn.LSTM(D, H)])
+    with pytest.warns(UserWarning, match=r"left subclasses as they are: 0 \(Mine\), 1 \(MyCell\)$"):
+        fastlstm.nn.convert(model)
+    assert [type(m) for m in model] == [Mine, MyCell, nn.GRU, fastlstm.nn.LSTM]
+    with pytest.warns(UserWarning, match=r"model \(Mine\)"):
+        assert type(fastlstm.nn.convert(Mine(D, H))) is Mine
+    fastlstm.nn.revert(model)
+    assert [type(m) for m in model] == [Mine, MyCell, nn.GRU, nn.LSTM]
+
+
+def test_convert_and_revert():
+    def build():
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"a": nn.LSTM(D, H), "b": nn.Sequential(nn.LSTMCell(D, H))})
+        model["shared"] = model["a"]
+        model["spectral"] = parametrizations.spectral_norm(nn.LSTM(D, H), "weight_hh_l0")
+        return model.eval()
+
+    def classes(model):
+        return [type(m) for m in model.modules()]
+
+    model, twin = build(), build()
+    before = classes(model)
+    state = copy.deepcopy(model.state_dict())
+    assert fastlstm.nn.convert(model) is model
+    converted = classes(model)
+    assert isinstance(model["a"], fastlstm.nn.LSTM) and model["shared"] is model["a"]
+    assert isinstance(model["spectral"], fastlstm.nn.LSTM)
+    assert isinstance(model["b"][0], fastlstm.nn.LSTMCell) and not model["a"].training
+    x = leaf(T, N, D)
+    for name in ("a", "spectral"):
+        assert_same(model[name], twin[name], x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastlstm.nn.convert(model)
+    assert classes(model) == converted
+    assert fastlstm.nn.revert(model) is model
+    assert [c.__name__ for c in classes(model)] == [c.__name__ for c in before]
+    assert not any(isinstance(m, fastlstm.nn.LSTM | fastlstm.nn.LSTMCell) for m in model.modules())
+    assert_same(model["spectral"], twin["spectral"], x)
+    assert_close(list(model.state_dict().values()), list(state.values()))
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got int"):
+        fastlstm.nn.revert(3)
 
 
 def test_convert_keeps_hooks_flags_and_attributes():
@@ -1065,12 +1105,48 @@ def test_gradcheck_packed_and_projected():
     assert torch.autograd.gradcheck(run, [*xs, *module.parameters()])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def in_float64(module, *inputs):
+    """What the module computes in float64 from the same numbers, and the same gradients."""
+    twin = copy.deepcopy(module).double()
+    return flatten(backward(twin, *(x.detach().double().requires_grad_() for x in inputs)))
+
+
+def assert_no_worse(actual, other, exact):
+    """Same dtypes and shapes, and errors that are no larger than those of `other`, or rounding."""
+    for mine, theirs, right in zip(*map(flatten, (actual, other)), exact, strict=True):
+        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
+        error, bound = ((t.double() - right).abs().max() for t in (mine, theirs))
+        rounding = torch.finfo(mine.dtype).eps * right.abs().max()
+        assert error <= max(bound, rounding)
+
+
+HALF = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
 def test_half_precision(dtype, cell):
-    ours, theirs = pair(D, H, cell=cell, dtype=dtype)
-    x = leaf(N, D, dtype=dtype) if cell else leaf(T, N, D, dtype=dtype)
-    assert_same_outcome(lambda: backward(ours, x), lambda: backward(theirs, x))
+    """Half in, half out, float32 between: no less exact than nn.LSTM, forward and backward."""
+    ours, theirs = pair(20, 33, cell=cell, dtype=dtype)
+    x = leaf(5, 20, dtype=dtype) if cell else leaf(12, 5, 20, dtype=dtype)
+    state = [leaf(5, 33, dtype=dtype, seed=k) for k in (1, 2)]
+    state = state if cell else [s.detach()[None].requires_grad_() for s in state]
+    exact = in_float64(theirs, x, *state)
+    assert_no_worse(backward(ours, x, *state), backward(theirs, x, *state), exact)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_half_precision_of_packed_and_projected(dtype):
+    ours, _ = pair(6, 9, 2, proj_size=4, bidirectional=True, dtype=dtype)
+    xs = [leaf(n, 6, dtype=dtype, seed=n) for n in (7, 4, 1)]
+    twin = copy.deepcopy(ours).double()
+    y, (h, c) = ours(rnn.pack_sequence(xs))
+    exact, states = twin(rnn.pack_sequence([x.detach().double() for x in xs]))
+    assert {t.dtype for t in (y.data, h, c)} == {dtype}
+    for mine, right in zip((y.data, h, c), (exact.data, *states), strict=True):
+        assert (mine.double() - right).abs().max() <= torch.finfo(dtype).eps
+    y.data.sum().backward()
+    assert all(w.grad.dtype == dtype for w in ours.parameters())
 
 
 def test_torch_without_its_exchange_table():
@@ -1180,13 +1256,29 @@ def test_cuda_device(cell):
 @pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(cell, dtype):
-    ours, theirs = pair(D, H, cell=cell)
-    x = leaf(N, D) if cell else leaf(T, N, D)
+    """Results in the dtype of autocast; the arithmetic is no less exact than without it."""
+    ours, theirs = pair(20, 33, cell=cell)
+    x = leaf(5, 20) if cell else leaf(12, 5, 20)
+    with torch.autocast("cpu", dtype):
+        actual = ours(x)
+        again = ours(x.to(dtype))
+    assert {t.dtype for t in flatten(actual)} == {dtype} == {t.dtype for t in flatten(again)}
+    for mine, right in zip(flatten(actual), flatten(theirs(x)), strict=True):
+        assert (mine.float() - right).abs().max() <= torch.finfo(dtype).eps
+    grads = torch.autograd.grad(flatten(actual)[0].float().sum(), [x, *ours.parameters()])
+    exact = torch.autograd.grad(flatten(theirs(x))[0].sum(), [x, *theirs.parameters()])
+    for mine, right in zip(grads, exact, strict=True):
+        assert mine.dtype == F32
+        assert_close(mine, right, scale=10)
+
+
+def test_autocast_leaves_float64_to_torch():
+    ours, theirs = pair(D, H, dtype=F64)
+    x = leaf(T, N, D, dtype=F64)
 
     def run(module):
-        with torch.autocast("cpu", dtype):
-            result = module(x)
-        return [result, torch.autograd.grad(flatten(result)[0].float().sum(), x)]
+        with torch.autocast("cpu", torch.bfloat16):
+            return module(x)
 
     assert_same_outcome(lambda: run(ours), lambda: run(theirs))
 
@@ -1269,6 +1361,110 @@ def test_compile(backend, cell):
         with torch.no_grad():
             assert_close(compiled(x), model(x))
     torch._dynamo.reset()
+
+
+class Between(nn.Module):
+    """Linear, LSTM, Linear."""
+
+    def __init__(self, inner):
+        super().__init__()
+        size = inner.proj_size or inner.hidden_size
+        self.first = nn.Linear(D, inner.input_size)
+        self.inner = inner
+        self.last = nn.Linear(size * (2 if inner.bidirectional else 1), 2)
+
+    def forward(self, x, hx=None):
+        y, state = self.inner(self.first(x), hx)
+        return self.last(y), state
+
+
+GRAPHS = {
+    "plain": {},
+    "batch first": {"batch_first": True},
+    "no bias": {"bias": False},
+    "two layers, two directions": {"num_layers": 2, "bidirectional": True},
+    "projection": {"proj_size": 3, "bidirectional": True},
+    "float64": {"dtype": F64},
+}
+
+
+@projected
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("config", GRAPHS.values(), ids=GRAPHS)
+@torch._dynamo.config.patch(allow_rnn=True)
+def test_compile_gives_one_graph(config, with_state):
+    """Training and inference, and no more than one compilation again when T and N change.
+
+    Dynamo refuses every instance of nn.LSTM before it looks at its forward, unless told otherwise.
+    """
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    dtype = config.get("dtype", F32)
+    inner = fastlstm.nn.LSTM(6, H, **config)
+    model = Between(inner).to(dtype)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    slots = inner.num_layers * (2 if inner.bidirectional else 1)
+
+    def run(f, steps, batch):
+        x = leaf(*((batch, steps) if inner.batch_first else (steps, batch)), D, dtype=dtype)
+        sizes = (inner.proj_size or H, H)
+        hx = [leaf(slots, batch, n, dtype=dtype, seed=n) for n in sizes] if with_state else None
+        y, (h, c) = f(x, hx)
+        loss = y.square().sum() + (h * 1.3).sum() + c.square().sum()
+        return [y, h, c, *torch.autograd.grad(loss, [x, *(hx or ()), *model.parameters()])]
+
+    for steps, batch in ((T, N), (T + 1, N + 1), (T + 4, N + 2), (T + 9, N + 7)):
+        assert_close(run(compiled, steps, batch), run(model, steps, batch))
+    assert counter.frame_count <= 2
+    with torch.no_grad():
+        for steps in (T, T + 1, T + 2):
+            x = leaf(steps, N, D, dtype=dtype, grad=False)
+            assert_close(compiled(x), model(x))
+    assert counter.frame_count <= 4
+    torch._dynamo.reset()
+
+
+@projected
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"proj_size": 3}], ids=str)
+@pytest.mark.parametrize("with_state", [False, True])
+def test_operators(options, with_state):
+    """torch's own checks of a registered operator: schema, fake results, autograd, tracing."""
+    module = fastlstm.nn.LSTM(D, H, **options)
+    directions = 2 if module.bidirectional else 1
+    sizes = (module.proj_size or H, H)
+    state = [leaf(directions, N, n, seed=n) for n in sizes] if with_state else [None, None]
+    weights = [w.detach().requires_grad_() for w in module.parameters()]
+    for keep in (True, False):
+        args = (leaf(T, N, D), *state, weights, directions, keep)
+        if not keep:
+            args = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, args)
+        torch.library.opcheck(torch.ops.fastlstm.layer.default, args)
+    x = leaf(T, N, D, grad=False)
+    detached = [w.detach() for w in weights]
+    h0, c0 = (None if s is None else s.detach() for s in state)
+    y, _, c, *kept = torch.ops.fastlstm.layer(x, h0, c0, detached, directions, True)
+    needed = [True, with_state, with_state, *[True] * len(weights)]
+    grads = [torch.ones_like(y), None, torch.ones_like(c)]
+    torch.library.opcheck(
+        torch.ops.fastlstm.layer_backward.default,
+        (*grads, x, h0, c0, detached, y, kept, directions, needed),
+    )
+
+
+def test_export_keeps_one_node_and_reloads(tmp_path):
+    ours, theirs = pair(D, H, 2, bidirectional=True)
+    time, batch = torch.export.Dim("T", min=2), torch.export.Dim("N", min=2)
+    exported = torch.export.export(
+        ours, (leaf(T, N, D, grad=False),), dynamic_shapes=({0: time, 1: batch},)
+    )
+    targets = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    assert targets.count("fastlstm.layer.default") == 2  # one for each layer
+    torch.export.save(exported, tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    for steps, batches in ((T, N), (3, 7), (50, 2)):
+        x = leaf(steps, batches, D, grad=False)
+        assert_close(loaded(x), theirs(x))
 
 
 def test_activation_checkpointing():

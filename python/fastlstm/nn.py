@@ -6,36 +6,48 @@ the kernels do not serve goes torch's own way, errors included.
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _core
+from . import _core, _ops
+from ._torch import Step, run_layer, run_step, wants_grad
 
-__all__ = ["LSTM", "LSTMCell", "convert"]
-
-# torch gives its memory away through DLPack's C table (since 2.10) or attribute by attribute.
-_core.use_torch(Tensor, Parameter, getattr(Tensor, "__dlpack_c_exchange_api__", None))
+__all__ = ["LSTM", "LSTMCell", "convert", "revert"]
 
 _Module = TypeVar("_Module", bound=torch.nn.Module)
-_Grads = tuple[Tensor | None, ...]
-_Kept = tuple[Tensor | None, Tensor | None, Tensor | None]  # gates, cells, h before projection
 
 
 def _observed() -> bool:
-    """Return whether something must see torch's own operators: a tracer, a transform, autocast."""
+    """Return whether a tracer, a compiler or a transform must see operators of torch."""
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd.forward_ad._current_level >= 0
-        or torch.is_autocast_enabled("cpu")
     )
+
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def _half_dtype(x: Any, hx: Any, weights: list[Any]) -> torch.dtype | None:
+    """Return the dtype of the results where they are in half precision, else None.
+
+    The arithmetic is in float32 then. Under autocast it decides the dtype.
+    """
+    tensors = [x, *(hx if isinstance(hx, (tuple, list)) else ()), *weights]
+    if not all(isinstance(t, Tensor) and t.is_cpu for t in tensors):
+        return None
+    found = {tensor.dtype for tensor in tensors}
+    if torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu") if found <= {torch.float32, *_HALF} else None
+    return x.dtype if found == {x.dtype} and x.dtype in _HALF else None
 
 
 def _check_state_dtype(hx: Any, dtype: torch.dtype) -> None:
@@ -46,203 +58,19 @@ def _check_state_dtype(hx: Any, dtype: torch.dtype) -> None:
                 raise RuntimeError(f"hx[{k}]: expected dtype {dtype}, got {state.dtype}")
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """Return a tensor with its rows contiguous: a copy if they are not."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def _packed(input: Any, hx: Any, weights: list[Any]) -> tuple[Any, Any, list[Any]]:
-    """Return the tensors contiguous, and whatever else there is as it came."""
+def _packed(
+    input: Any, hx: Any, weights: list[Any], half: torch.dtype | None
+) -> tuple[Any, Any, list[Any]]:
+    """Return tensors contiguous, those in half precision in float32, and the rest as it came."""
 
     def packed(value: Any) -> Any:
-        dense = isinstance(value, Tensor) and value.layout is torch.strided
-        return value.contiguous() if dense else value
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            return value
+        return (value if half is None else value.float()).contiguous()
 
     if isinstance(hx, (tuple, list)):
         hx = [packed(state) for state in hx]
     return packed(input), hx, [packed(weight) for weight in weights]
-
-
-def _gradient(grad: Tensor | None) -> Tensor | None:
-    """Return a gradient that arrived as the kernels read it; None is zeros."""
-    if grad is None or grad._is_zerotensor():
-        return None
-    if type(grad) is not Tensor:
-        grad = grad.as_subclass(Tensor)
-    return grad.resolve_neg()
-
-
-def _run_forward(
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: list[Tensor],
-    directions: int,
-    batch_sizes: list[int],
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, _Kept]:
-    """Run one layer on x (T, N, D), h0 (directions, N, P) and c0 (directions, N, H).
-
-    A state of None is zeros; the weights stand one direction after the other; P is H without a
-    projection. Where `batch_sizes` is not empty the batch is ragged: (rows,) stands for (T, N).
-    Returns y (T, N, directions*P), h_n, c_n, and with `keep` gates (directions, T, N, 4H), cells
-    and, with a projection, h before it (directions, T, N, H).
-    """
-    *rows, _ = x.shape
-    N = batch_sizes[0] if batch_sizes else rows[1]
-    H, P = weights[0].shape[0] // 4, weights[1].shape[1]
-    projects = len(weights) // directions % 2 == 1
-    y = x.new_empty(*rows, directions * P)
-    h_n = x.new_empty(directions, N, P)
-    c_n = x.new_empty(directions, N, H)
-    gates = x.new_empty(directions, *rows, 4 * H) if keep else None
-    cells = x.new_empty(directions, *rows, H) if keep else None
-    raw = x.new_empty(directions, *rows, H) if keep and projects else None
-    threads = torch.get_num_threads()
-    _core.forward(x, h0, c0, weights, y, h_n, c_n, gates, cells, raw, batch_sizes, False, threads)
-    return y, h_n, c_n, (gates, cells, raw)
-
-
-class _Layer(torch.autograd.Function):
-    """One layer, in one or both directions, as a node of the autograd graph."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        directions: int,
-        batch_sizes: list[int],
-        x: Tensor,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        *weights: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        y, h_n, c_n, kept = _run_forward(
-            x, h0, c0, list(weights), directions, batch_sizes, keep=True
-        )
-        ctx.layer = directions, batch_sizes
-        ctx.save_for_backward(y, *kept, x, h0, c0, *weights)
-        ctx.set_materialize_grads(False)
-        return y, h_n, c_n
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> _Grads:
-        y, gates, cells, raw, *inputs = ctx.saved_tensors
-        needed = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():  # create_graph=True
-            layer = partial(_torch_layer, *ctx.layer)
-            found = _differentiable_gradients(layer, inputs, grads, needed)
-        else:
-            kept = gates, cells, raw
-            found = _run_backward(ctx.layer, inputs, y, kept, grads, needed)
-        return None, None, *found
-
-
-def _run_backward(
-    layer: tuple[int, list[int]],
-    inputs: list[Any],
-    y: Tensor,
-    kept: _Kept,
-    grads: tuple[Tensor | None, ...],
-    needed: tuple[bool, ...],
-) -> _Grads:
-    x, h0, c0, *weights = inputs
-    directions, batch_sizes = layer
-    H, P = weights[0].shape[0] // 4, weights[1].shape[1]
-    N = batch_sizes[0] if batch_sizes else x.shape[1]
-    grad_y, grad_h, grad_c = map(_gradient, grads)
-    needs_x, needs_h0, needs_c0, *needs_weights = needed
-    dx = x.new_empty(directions, *x.shape) if needs_x else None
-    dh0 = x.new_empty(directions, N, P) if needs_h0 else None
-    dc0 = x.new_empty(directions, N, H)
-    dweights = _like(weights, needs_weights)
-    _core.backward(
-        x,
-        h0,
-        c0,
-        weights,
-        y,
-        *kept,
-        None if grad_y is None else _rows(grad_y),
-        None if grad_h is None else grad_h.contiguous(),
-        None if grad_c is None else grad_c.contiguous(),
-        dx,
-        dweights,
-        dh0,
-        dc0,
-        batch_sizes,
-        False,
-        torch.get_num_threads(),
-    )
-    summed = None if dx is None else dx[0] if directions == 1 else dx[0].add_(dx[1])
-    return (summed, dh0, dc0 if needs_c0 else None, *dweights)
-
-
-def _like(weights: list[Tensor], needed: list[bool]) -> list[Tensor | None]:
-    """Return memory for the gradients that are needed."""
-    return [torch.empty_like(w) if need else None for w, need in zip(weights, needed, strict=True)]
-
-
-def _differentiable_gradients(
-    function: Any,
-    inputs: list[Any],
-    grads: tuple[Tensor | None, ...],
-    needed: tuple[bool, ...],
-) -> _Grads:
-    """Compute the same gradients through torch's own LSTM, whose backward has a backward."""
-    # Inputs may be one tensor, or depend on one another: a view each keeps the paths through the
-    # others out of these gradients.
-    inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
-    outputs = function(*inputs)
-    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
-    wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
-    found = iter(
-        torch.autograd.grad(
-            [o for o, _ in pairs],
-            wanted,
-            [g for _, g in pairs],
-            create_graph=True,
-            allow_unused=True,
-        )
-    )
-    return tuple(next(found) if need else None for need in needed)
-
-
-def _torch_layer(
-    directions: int, batch_sizes: list[int], x: Tensor, h0: Any, c0: Any, *weights: Tensor
-) -> tuple[Tensor, ...]:
-    biases = len(weights) >= 4 * directions
-    N = batch_sizes[0] if batch_sizes else x.shape[1]
-    if h0 is None or c0 is None:
-        h0 = x.new_zeros((directions, N, weights[1].shape[1]))
-        c0 = x.new_zeros((directions, N, weights[0].shape[0] // 4))
-    state = (h0, c0)
-    rest = (weights, biases, 1, 0.0, False, directions == 2)
-    y, h, c = (
-        torch._VF.lstm(x, torch.tensor(batch_sizes), state, *rest)
-        if batch_sizes
-        else torch._VF.lstm(x, state, *rest, False)
-    )
-    return y, h, c
-
-
-def _wants_grad(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, h0, c0, *weights)
-    )
-
-
-def _layer(
-    directions: int,
-    batch_sizes: list[int],
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: list[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    if _wants_grad(x, h0, c0, weights):
-        result: Any = _Layer.apply(directions, batch_sizes, x, h0, c0, *weights)  # type: ignore[no-untyped-call]
-        return result  # type: ignore[no-any-return]
-    return _run_forward(x, h0, c0, weights, directions, batch_sizes, keep=False)[:3]
 
 
 def _batch_sizes(packed: PackedSequence) -> list[int]:
@@ -261,8 +89,9 @@ class LSTM(torch.nn.LSTM):
     """`torch.nn.LSTM` on the kernels of fastlstm: the same constructor, parameters and results.
 
     float32 and float64 CPU tensors run on the kernels, forward and backward, packed sequences and
-    `proj_size` included. Everything else (half precision, other devices, functorch transforms,
-    autocast, tracing and compiling, double backward) runs as in `torch.nn.LSTM`.
+    `proj_size` included; so do bfloat16, float16 and autocast, with arithmetic in float32.
+    `torch.compile` and `torch.export` see one operator for each layer. Everything else (other
+    devices, functorch transforms, jit tracing, double backward) runs as in `torch.nn.LSTM`.
     """
 
     def forward(self, input: Any, hx: Any = None) -> Any:
@@ -272,58 +101,100 @@ class LSTM(torch.nn.LSTM):
         weights: list[Any] = [
             own[n] if n in own else getattr(self, n, None) for n in self._flat_weights_names
         ]
-        directions = 2 if self.bidirectional else 1
-        layers = self.num_layers
         if _observed():
+            if torch.compiler.is_compiling() and self._compiles(input, hx, weights):
+                return self._run(input, hx, weights, _ops.layer_of_graph)
             return super().forward(input, hx)
         ragged = isinstance(input, PackedSequence)
-        x = input.data if ragged else input
+        x: Any = input.data if ragged else input
         batch_sizes = _batch_sizes(input) if ragged else []
         N = batch_sizes[0] if ragged else 0
-        layout = (layers, directions, self.batch_first, 3, N)
+        layout = (self.num_layers, 2 if self.bidirectional else 1, self.batch_first, 3, N)
         sizes = (self.input_size, self.hidden_size, self.proj_size, *layout)
-        if not _core.fits(x, hx, weights, *sizes):
-            self._check(input, hx, weights)
-            packed = _packed(x, hx, weights)
-            if not _core.fits(*packed, *sizes):
+        half = None
+        autocast = torch.is_autocast_enabled("cpu")
+        if autocast or not _core.fits(x, hx, weights, *sizes):
+            half = _half_dtype(x, hx, weights)
+            if half is None and not autocast:
+                self._check(input, hx, weights)
+            packed = _packed(x, hx, weights, half)
+            if (autocast and half is None) or not _core.fits(*packed, *sizes):
                 return super().forward(input, hx)
             x, hx, weights = packed
 
-        batched = ragged or x.dim() == 3
-        if ragged and hx is not None:
-            hx = self.permute_hidden(hx, input.sorted_indices)
-        h0, c0 = hx or (None, None)
+        if not ragged:
+            y, (h, c) = self._run(x, hx, weights, run_layer)
+        else:
+            if hx is not None:
+                hx = self.permute_hidden(hx, input.sorted_indices)
+            layer = partial(run_layer, batch_sizes=batch_sizes)
+            data, h, c = self._layers(x, hx, weights, layer)
+            y = PackedSequence(
+                data, input.batch_sizes, input.sorted_indices, input.unsorted_indices
+            )
+            h, c = self.permute_hidden((h, c), input.unsorted_indices)
+        return (y, (h, c)) if half is None else (y.to(half), (h.to(half), c.to(half)))
+
+    def _run(self, x: Any, hx: Any, weights: list[Any], layer: Any) -> Any:
+        """Run a dense batch, or no batch, in the layout that the caller has."""
+        batched = x.dim() == 3
         if not batched:
             x = x.unsqueeze(1)
-            h0, c0 = (None if state is None else state.unsqueeze(1) for state in (h0, c0))
-        elif self.batch_first and not ragged:
+            hx = None if hx is None else [state.unsqueeze(1) for state in hx]
+        elif self.batch_first:
             x = x.transpose(0, 1)
-
-        if layers == 1:
-            x, h, c = _layer(directions, batch_sizes, x, h0, c0, weights)
-        else:
-            per_layer = len(weights) // layers
-            states = []
-            for k in range(layers):
-                one = slice(k * directions, (k + 1) * directions)
-                x, *state = _layer(
-                    directions,
-                    batch_sizes,
-                    x,
-                    None if h0 is None else h0[one],
-                    None if c0 is None else c0[one],
-                    weights[k * per_layer : (k + 1) * per_layer],
-                )
-                states.append(state)
-                if self.dropout and self.training and k < layers - 1:
-                    x = torch.dropout(x, self.dropout, True)
-            h, c = (torch.cat(parts) for parts in zip(*states, strict=True))
-        if ragged:
-            y = PackedSequence(x, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
-            return y, self.permute_hidden((h, c), input.unsorted_indices)
+        y, h, c = self._layers(x, hx, weights, layer)
         if not batched:
-            return x.squeeze(1), (h.squeeze(1), c.squeeze(1))
-        return x.transpose(0, 1) if self.batch_first else x, (h, c)
+            return y.squeeze(1), (h.squeeze(1), c.squeeze(1))
+        return y.transpose(0, 1) if self.batch_first else y, (h, c)
+
+    def _layers(
+        self, x: Tensor, hx: Any, weights: list[Tensor], layer: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        directions = 2 if self.bidirectional else 1
+        h0, c0 = hx or (None, None)
+        if self.num_layers == 1:
+            result: tuple[Tensor, Tensor, Tensor] = layer(directions, x, h0, c0, weights)
+            return result
+        per_layer = len(weights) // self.num_layers
+        states = []
+        for k in range(self.num_layers):
+            one = slice(k * directions, (k + 1) * directions)
+            x, *state = layer(
+                directions,
+                x,
+                None if h0 is None else h0[one],
+                None if c0 is None else c0[one],
+                weights[k * per_layer : (k + 1) * per_layer],
+            )
+            states.append(state)
+            if self.dropout and self.training and k < self.num_layers - 1:
+                x = torch.dropout(x, self.dropout, True)
+        h, c = (torch.cat(parts) for parts in zip(*states, strict=True))
+        return x, h, c
+
+    def _compiles(self, input: Any, hx: Any, weights: list[Any]) -> bool:
+        """Return whether a compiler gets our operator for this call; nn.LSTM's checks raise."""
+        if isinstance(input, PackedSequence) or any(w is None for w in weights):
+            return False
+        tensors = [input, *(hx or ()), *weights]
+        dtype = input.dtype
+        if dtype not in (torch.float32, torch.float64) or input.dim() not in (2, 3):
+            return False
+        if torch.is_autocast_enabled("cpu") or any(
+            not isinstance(t, Tensor) or t.dtype != dtype or t.device.type != "cpu" for t in tensors
+        ):
+            return False
+        self._check_weight_shapes(weights)
+        x = input if input.dim() == 3 else input.unsqueeze(0 if self.batch_first else 1)
+        if hx is None:
+            self.check_input(x, None)
+        else:
+            if len(hx) != 2 or any(state.dim() != input.dim() for state in hx):
+                return False
+            states = hx if input.dim() == 3 else [state.unsqueeze(1) for state in hx]
+            self.check_forward_args(x, (states[0], states[1]), None)
+        return True
 
     def _check(self, input: Any, hx: Any, weights: list[Any]) -> None:
         """Raise where nn.LSTM would read out of bounds or report obscurely."""
@@ -354,74 +225,6 @@ class LSTM(torch.nn.LSTM):
                 raise RuntimeError(f"{name}: expected shape {expected}, got {tuple(weight.shape)}")
 
 
-class _Step(torch.autograd.Function):
-    """One step of a cell as a node of the autograd graph: x (N, D), h0 and c0 (N, H) or None."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        h, c, gates, cells = _run_step(x, h0, c0, list(weights), keep=True)
-        # Not c itself, which the caller may change in place.
-        ctx.save_for_backward(gates, cells, x, h0, c0, *weights)
-        ctx.set_materialize_grads(False)
-        return h, c
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> _Grads:
-        gates, cells, *inputs = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True
-            return _differentiable_gradients(_torch_step, inputs, grads, ctx.needs_input_grad)
-        x, h0, c0, *weights = inputs
-        grad_h, grad_c = map(_gradient, grads)
-        needs_x, needs_h0, needs_c0, *needs_weights = ctx.needs_input_grad
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
-        dh0 = torch.empty_like(cells) if needs_h0 else None
-        dc0 = torch.empty_like(cells)
-        dweights = _like(weights, needs_weights)
-        _core.backward(
-            x,
-            h0,
-            c0,
-            weights,
-            None,
-            gates,
-            cells,
-            None,
-            None,
-            None if grad_h is None else grad_h.contiguous(),
-            None if grad_c is None else grad_c.contiguous(),
-            dx,
-            dweights,
-            dh0,
-            dc0,
-            (),
-            False,
-            torch.get_num_threads(),
-        )
-        return (dx, dh0, dc0 if needs_c0 else None, *dweights)
-
-
-def _run_step(
-    x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], keep: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    N, H = x.shape[0], weights[1].shape[1]
-    h, c = x.new_empty(N, H), x.new_empty(N, H)
-    gates = x.new_empty(N, 4 * H) if keep else None
-    cells = torch.empty_like(c) if keep else None
-    _core.forward(
-        x, h0, c0, weights, h, None, c, gates, cells, None, (), False, torch.get_num_threads()
-    )
-    return h, c, gates, cells
-
-
-def _torch_step(x: Tensor, h0: Any, c0: Any, *weights: Tensor) -> tuple[Tensor, ...]:
-    zeros = x.new_zeros((x.shape[0], weights[1].shape[1]))
-    state = (zeros if h0 is None else h0, zeros if c0 is None else c0)
-    h, c = torch._VF.lstm_cell(x, state, *weights)
-    return h, c
-
-
 class LSTMCell(torch.nn.LSTMCell):
     """`torch.nn.LSTMCell` on the kernels of fastlstm: the same constructor, parameters and results.
 
@@ -440,9 +243,12 @@ class LSTMCell(torch.nn.LSTMCell):
             for n in (self._names if self.bias else self._names[:2])
         ]
         sizes = (self.input_size, self.hidden_size, 0, 1, 1, False, 2, 0)
-        if not _core.fits(input, hx, weights, *sizes):
-            packed = _packed(input, hx, weights)
-            if not _core.fits(*packed, *sizes):
+        half = None
+        autocast = torch.is_autocast_enabled("cpu")
+        if autocast or not _core.fits(input, hx, weights, *sizes):
+            half = _half_dtype(input, hx, weights)
+            packed = _packed(input, hx, weights, half)
+            if (autocast and half is None) or not _core.fits(*packed, *sizes):
                 return super().forward(input, hx)
             input, hx, weights = packed
         h0, c0 = hx or (None, None)
@@ -450,11 +256,38 @@ class LSTMCell(torch.nn.LSTMCell):
         if not batched:
             input = input.unsqueeze(0)
             h0, c0 = (None if state is None else state.unsqueeze(0) for state in (h0, c0))
-        if _wants_grad(input, h0, c0, weights):
-            h, c = _Step.apply(input, h0, c0, *weights)  # type: ignore[no-untyped-call]
+        if wants_grad(input, h0, c0, weights):
+            h, c = Step.apply(input, h0, c0, *weights)  # type: ignore[no-untyped-call]
         else:
-            h, c, *_ = _run_step(input, h0, c0, weights, keep=False)
-        return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
+            h, c, *_ = run_step(input, h0, c0, weights, keep=False)
+        if not batched:
+            h, c = h.squeeze(0), c.squeeze(0)
+        return (h, c) if half is None else (h.to(half), c.to(half))
+
+
+_OURS = {torch.nn.LSTM: LSTM, torch.nn.LSTMCell: LSTMCell}
+
+
+def _exchange_classes(
+    model: _Module, classes: dict[type[torch.nn.Module], type[torch.nn.Module]]
+) -> list[str]:
+    """Give the modules inside their other class; return the names of subclasses that stay."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    left = []
+    for name, module in model.named_modules():
+        old = type(module)
+        # parametrize has made a class of its own for the module, whose one base is what it was.
+        parametrized = torch.nn.utils.parametrize.is_parametrized(module)
+        original = old.__base__ if parametrized else old
+        if original in classes:
+            new = classes[original]
+            if parametrized:
+                new = type(f"Parametrized{new.__name__}", (new,), dict(vars(old)))
+            module.__class__ = new
+        elif isinstance(module, tuple(classes)) and original not in classes.values():
+            left.append(f"{name or 'model'} ({old.__name__})")
+    return left
 
 
 def convert(model: _Module) -> _Module:
@@ -464,7 +297,8 @@ def convert(model: _Module) -> _Module:
     ----------
     model : torch.nn.Module
         Changed in place: each such module becomes an instance of the class here and keeps its
-        parameters, buffers, hooks and mode. Subclasses of torch's are left alone.
+        parameters, parametrizations, buffers, hooks, mode and device. Subclasses of torch's are
+        left alone, since they may have a forward of their own; a warning names them.
 
     Returns
     -------
@@ -476,11 +310,29 @@ def convert(model: _Module) -> _Module:
     TypeError
         If `model` is not a Module.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    for module in model.modules():
-        if type(module) is torch.nn.LSTM:
-            module.__class__ = LSTM
-        elif type(module) is torch.nn.LSTMCell:
-            module.__class__ = LSTMCell
+    left = _exchange_classes(model, dict(_OURS))
+    if left:
+        warnings.warn(f"convert: left subclasses as they are: {', '.join(left)}", stacklevel=2)
+    return model
+
+
+def revert(model: _Module) -> _Module:
+    """Turn every LSTM and LSTMCell of fastlstm inside a model into torch's: undo :func:`convert`.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Changed in place; everything that `convert` keeps is kept. Subclasses are left alone.
+
+    Returns
+    -------
+    torch.nn.Module
+        `model` itself.
+
+    Raises
+    ------
+    TypeError
+        If `model` is not a Module.
+    """
+    _exchange_classes(model, {ours: torchs for torchs, ours in _OURS.items()})
     return model

@@ -1,0 +1,286 @@
+"""Layers and steps of an LSTM on torch tensors: their memory, the kernels and the autograd nodes.
+
+Every tensor that comes here is one of `_core.fits`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from . import _core
+
+# torch gives its memory away through DLPack's C table (since 2.10) or attribute by attribute.
+_core.use_torch(Tensor, Parameter, getattr(Tensor, "__dlpack_c_exchange_api__", None))
+
+Grads = tuple[Tensor | None, ...]
+Kept = tuple[Tensor | None, Tensor | None, Tensor | None]  # gates, cells, h before projection
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """Return a tensor with its rows contiguous: a copy if they are not."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def gradient(grad: Tensor | None) -> Tensor | None:
+    """Return a gradient that arrived as the kernels read it; None is zeros."""
+    if grad is None or grad._is_zerotensor():
+        return None
+    if type(grad) is not Tensor:
+        grad = grad.as_subclass(Tensor)
+    return grad.resolve_neg()
+
+
+def run_forward(
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    directions: int,
+    batch_sizes: Sequence[int],
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Kept]:
+    """Run one layer on x (T, N, D), h0 (directions, N, P) and c0 (directions, N, H).
+
+    A state of None is zeros; the weights stand one direction after the other; P is H without a
+    projection. Where `batch_sizes` is not empty the batch is ragged: (rows,) stands for (T, N).
+    Returns y (T, N, directions*P), h_n, c_n, and with `keep` gates (directions, T, N, 4H), cells
+    and, with a projection, h before it (directions, T, N, H).
+    """
+    y, h_n, c_n, kept = new_results(x, weights, directions, batch_sizes, keep)
+    threads = torch.get_num_threads()
+    _core.forward(x, h0, c0, weights, y, h_n, c_n, *kept, batch_sizes, False, threads)
+    return y, h_n, c_n, kept
+
+
+def new_results(
+    x: Tensor, weights: list[Tensor], directions: int, batch_sizes: Sequence[int], keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Kept]:
+    """Return memory for what :func:`run_forward` returns."""
+    *time, _ = x.shape
+    N = batch_sizes[0] if batch_sizes else time[1]
+    H, P = weights[0].shape[0] // 4, weights[1].shape[1]
+    projects = len(weights) // directions % 2 == 1
+    y = x.new_empty(*time, directions * P)
+    h_n = x.new_empty(directions, N, P)
+    c_n = x.new_empty(directions, N, H)
+    gates = x.new_empty(directions, *time, 4 * H) if keep else None
+    cells = x.new_empty(directions, *time, H) if keep else None
+    raw = x.new_empty(directions, *time, H) if keep and projects else None
+    return y, h_n, c_n, (gates, cells, raw)
+
+
+class Layer(torch.autograd.Function):
+    """One layer, in one or both directions, as a node of the autograd graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        directions: int,
+        batch_sizes: Sequence[int],
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        *weights: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, h_n, c_n, kept = run_forward(
+            x, h0, c0, list(weights), directions, batch_sizes, keep=True
+        )
+        ctx.layer = directions, batch_sizes
+        ctx.save_for_backward(y, *kept, x, h0, c0, *weights)
+        ctx.set_materialize_grads(False)
+        return y, h_n, c_n
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Grads:
+        y, gates, cells, raw, *inputs = ctx.saved_tensors
+        needed = ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():  # create_graph=True
+            layer = partial(torch_layer, *ctx.layer)
+            found = differentiable_gradients(layer, inputs, grads, needed)
+        else:
+            kept = gates, cells, raw
+            found = run_backward(ctx.layer, inputs, y, kept, grads, needed)
+        return None, None, *found
+
+
+def run_backward(
+    layer: tuple[int, Sequence[int]],
+    inputs: list[Any],
+    y: Tensor,
+    kept: Kept,
+    grads: tuple[Tensor | None, ...],
+    needed: tuple[bool, ...],
+) -> Grads:
+    x, h0, c0, *weights = inputs
+    directions, batch_sizes = layer
+    H, P = weights[0].shape[0] // 4, weights[1].shape[1]
+    N = batch_sizes[0] if batch_sizes else x.shape[1]
+    grad_y, grad_h, grad_c = map(gradient, grads)
+    needs_x, needs_h0, needs_c0, *needs_weights = needed
+    dx = x.new_empty(directions, *x.shape) if needs_x else None
+    dh0 = x.new_empty(directions, N, P) if needs_h0 else None
+    dc0 = x.new_empty(directions, N, H)
+    dweights = memory_for(weights, needs_weights)
+    _core.backward(
+        x,
+        h0,
+        c0,
+        weights,
+        y,
+        *kept,
+        None if grad_y is None else rows(grad_y),
+        None if grad_h is None else grad_h.contiguous(),
+        None if grad_c is None else grad_c.contiguous(),
+        dx,
+        dweights,
+        dh0,
+        dc0,
+        batch_sizes,
+        False,
+        torch.get_num_threads(),
+    )
+    summed = None if dx is None else dx[0] if directions == 1 else dx[0].add_(dx[1])
+    return (summed, dh0, dc0 if needs_c0 else None, *dweights)
+
+
+def memory_for(weights: list[Tensor], needed: list[bool]) -> list[Tensor | None]:
+    """Return memory for the gradients that are needed."""
+    return [torch.empty_like(w) if need else None for w, need in zip(weights, needed, strict=True)]
+
+
+def differentiable_gradients(
+    function: Any,
+    inputs: list[Any],
+    grads: tuple[Tensor | None, ...],
+    needed: tuple[bool, ...],
+) -> Grads:
+    """Compute the same gradients through torch's own LSTM, whose backward has a backward."""
+    # Inputs may be one tensor, or depend on one another: a view each keeps the paths through the
+    # others out of these gradients.
+    inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+    outputs = function(*inputs)
+    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+    wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
+    found = iter(
+        torch.autograd.grad(
+            [o for o, _ in pairs],
+            wanted,
+            [g for _, g in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
+    return tuple(next(found) if need else None for need in needed)
+
+
+def torch_layer(
+    directions: int, batch_sizes: Sequence[int], x: Tensor, h0: Any, c0: Any, *weights: Tensor
+) -> tuple[Tensor, ...]:
+    biases = len(weights) >= 4 * directions
+    N = batch_sizes[0] if batch_sizes else x.shape[1]
+    if h0 is None or c0 is None:
+        h0 = x.new_zeros((directions, N, weights[1].shape[1]))
+        c0 = x.new_zeros((directions, N, weights[0].shape[0] // 4))
+    state = (h0, c0)
+    rest = (weights, biases, 1, 0.0, False, directions == 2)
+    y, h, c = (
+        torch._VF.lstm(x, torch.tensor(batch_sizes), state, *rest)
+        if batch_sizes
+        else torch._VF.lstm(x, state, *rest, False)
+    )
+    return y, h, c
+
+
+def wants_grad(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, h0, c0, *weights)
+    )
+
+
+def run_layer(
+    directions: int,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    batch_sizes: Sequence[int] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a layer, with a node of the autograd graph where one is wanted: y, h_n, c_n."""
+    if wants_grad(x, h0, c0, weights):
+        result: Any = Layer.apply(directions, batch_sizes, x, h0, c0, *weights)  # type: ignore[no-untyped-call]
+        return result  # type: ignore[no-any-return]
+    return run_forward(x, h0, c0, weights, directions, batch_sizes, keep=False)[:3]
+
+
+class Step(torch.autograd.Function):
+    """One step of a cell as a node of the autograd graph: x (N, D), h0 and c0 (N, H) or None."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        h, c, gates, cells = run_step(x, h0, c0, list(weights), keep=True)
+        # Not c itself, which the caller may change in place.
+        ctx.save_for_backward(gates, cells, x, h0, c0, *weights)
+        ctx.set_materialize_grads(False)
+        return h, c
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Grads:
+        gates, cells, *inputs = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            return differentiable_gradients(torch_step, inputs, grads, ctx.needs_input_grad)
+        x, h0, c0, *weights = inputs
+        grad_h, grad_c = map(gradient, grads)
+        needs_x, needs_h0, needs_c0, *needs_weights = ctx.needs_input_grad
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
+        dh0 = torch.empty_like(cells) if needs_h0 else None
+        dc0 = torch.empty_like(cells)
+        dweights = memory_for(weights, needs_weights)
+        _core.backward(
+            x,
+            h0,
+            c0,
+            weights,
+            None,
+            gates,
+            cells,
+            None,
+            None,
+            None if grad_h is None else grad_h.contiguous(),
+            None if grad_c is None else grad_c.contiguous(),
+            dx,
+            dweights,
+            dh0,
+            dc0,
+            (),
+            False,
+            torch.get_num_threads(),
+        )
+        return (dx, dh0, dc0 if needs_c0 else None, *dweights)
+
+
+def run_step(
+    x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], keep: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    N, H = x.shape[0], weights[1].shape[1]
+    h, c = x.new_empty(N, H), x.new_empty(N, H)
+    gates = x.new_empty(N, 4 * H) if keep else None
+    cells = torch.empty_like(c) if keep else None
+    _core.forward(
+        x, h0, c0, weights, h, None, c, gates, cells, None, (), False, torch.get_num_threads()
+    )
+    return h, c, gates, cells
+
+
+def torch_step(x: Tensor, h0: Any, c0: Any, *weights: Tensor) -> tuple[Tensor, ...]:
+    zeros = x.new_zeros((x.shape[0], weights[1].shape[1]))
+    state = (zeros if h0 is None else h0, zeros if c0 is None else c0)
+    h, c = torch._VF.lstm_cell(x, state, *weights)
+    return h, c
