@@ -182,6 +182,7 @@ bool fits(py::handle x, py::handle state, py::handle weights, int64_t D, int64_t
     // A view whose memory holds the numbers negated.
     static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
     PyObject* const negated = PyObject_CallMethodNoArgs(object.ptr(), is_neg);
+    if (!negated) PyErr_Clear();
     Py_XDECREF(negated);
     return negated == Py_False;
   };
@@ -190,7 +191,8 @@ bool fits(py::handle x, py::handle state, py::handle weights, int64_t D, int64_t
     return plain(object, &array) && array.dims == int(shape.size()) &&
            std::equal(shape.begin(), shape.end(), array.shape) && array.packed();
   };
-  if (!view(x, &input) || !plain(x, &input) || D < 1 || H < 1) return false;
+  if (D < 1 || H < 1 || P < 0 || layers < 1 || directions < 1) return false;
+  if (!view(x, &input) || !plain(x, &input)) return false;
   if ((input.dims != dims && input.dims != dims - 1) || input.shape[input.dims - 1] != D ||
       !input.has_rows())
     return false;

@@ -22,6 +22,7 @@ torch = pytest.importorskip("torch", reason="tests of the torch side")
 
 import fastlstm.nn  # noqa: E402 - needs torch
 from torch import nn  # noqa: E402
+from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 from torch.nn.utils import parametrizations, prune, rnn  # noqa: E402
 
 T, N, D, H = 6, 3, 4, 5
@@ -1402,7 +1403,7 @@ def test_compile_gives_one_graph(config, with_state):
     dtype = config.get("dtype", F32)
     inner = fastlstm.nn.LSTM(6, H, **config)
     model = Between(inner).to(dtype)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     slots = inner.num_layers * (2 if inner.bidirectional else 1)
 

@@ -177,6 +177,8 @@ class LSTM(torch.nn.LSTM):
         """Return whether a compiler gets our operator for this call; nn.LSTM's checks raise."""
         if isinstance(input, PackedSequence) or any(w is None for w in weights):
             return False
+        if hx is not None and not isinstance(hx, (tuple, list)):
+            return False
         tensors = [input, *(hx or ()), *weights]
         dtype = input.dtype
         if dtype not in (torch.float32, torch.float64) or input.dim() not in (2, 3):
