@@ -9,7 +9,7 @@
 namespace fastlstm {
 namespace {
 
-// A weight matrix (4H, columns) as the right-hand side of dz W.
+// A weight matrix (depth, columns) as the right-hand side of dz W, or of dh W_hr.
 template <class T>
 struct Right {
   const T* matrix;
@@ -140,18 +140,10 @@ class BackwardPass {
       product.accumulate = !first;
       kernel.product(product, 0, count, 0, shape.count);
     };
-    // C = dz W for rows m0 <= m < m1 of both, the panels cut among the row group.
+    // C = dz W for `count` rows of both, the panels cut among the row group.
     const auto through = [&](const Right<T>& right, Rows<const T> from, Rows<T> to, int64_t count) {
-      Product<T> product;
-      product.a = from;
-      product.depth = gates;
-      product.b = right.panels;
-      product.c = to;
-      product.columns = {right.columns, false};
-      product.start = nullptr;
-      product.accumulate = false;
-      const auto [first, past] = share(right.shape.count, plan.panel_groups, member);
-      kernel.product(product, 0, count, first, past);
+      product_of_group(kernel, plan, member, from, gates, right.shape, right.panels, to,
+                       right.columns, count);
     };
     // dz of the rows n, n + 1, ... of the batch, `row` rows into the block.
     const auto dz_at = [&](int64_t row, int64_t n, int64_t count) {
@@ -292,15 +284,8 @@ class BackwardPass {
         dh.at(0, n)[j] =
             (grad_y.data ? grad_y.at(0, n)[j] : T(0)) + (grad_h.data ? grad_h.at(0, n)[j] : T(0));
     if (!dz.data) return;
-    Product<T> product;
-    product.a = dz.block(0, n0, n1 - n0);
-    product.depth = 4 * in_.sizes.hidden;
-    product.b = w_hh_.panels;
-    product.c = dh.block(0, n0, n1 - n0);
-    product.columns = {in_.sizes.output, false};
-    product.start = nullptr;
-    product.accumulate = true;
-    kernel_.product(product, 0, n1 - n0, from, past);
+    product_of_group(kernel_, plan_, member, dz.block(0, n0, n1 - n0), 4 * in_.sizes.hidden, shape,
+                     w_hh_.panels, dh.block(0, n0, n1 - n0), in_.sizes.output, n1 - n0, true);
   }
 
   // h_{t-1} of every row of the block.

@@ -161,16 +161,9 @@ class ForwardPass {
 
   // h = raw W_hr^T for `count` rows, the panels cut among the row group.
   void project(Rows<const T> raw, Rows<T> h, int64_t count, int member) {
-    Product<T> product;
-    product.a = raw;
-    product.depth = in_.sizes.hidden;
-    product.b = y_shape_.packed(w_hr_, product.depth);
-    product.c = h;
-    product.columns = {in_.sizes.output, false};
-    product.start = nullptr;
-    product.accumulate = false;
-    const auto [from, past] = share(y_shape_.count, plan_.panel_groups, member);
-    kernel_.product(product, 0, count, from, past);
+    const int64_t hidden = in_.sizes.hidden;
+    product_of_group(kernel_, plan_, member, raw, hidden, y_shape_, y_shape_.packed(w_hr_, hidden),
+                     h, in_.sizes.output, count);
   }
 
   const Forward<T> in_;

@@ -1,4 +1,5 @@
-// What the forward and the backward pass have in common: zeros for a missing state, and directions
+// What the forward and the backward pass have in common: the shape of panels, zeros for a missing
+// state, arrays in order of computation, who takes part in a step of a ragged batch, and directions
 // that run one after the other or at the same time. Included by forward.cpp and backward.cpp.
 #pragma once
 
@@ -128,6 +129,24 @@ class Active {
   const int64_t* rows_;
   Sizes sizes_;
 };
+
+// C = A B for `count` rows, or C += A B: the panels of B that are this member's share of the
+// threads of a row group.
+template <class T>
+void product_of_group(const Kernels<T>& kernel, const Plan& plan, int member, Rows<const T> a,
+                      int64_t depth, const PanelShape& shape, const Panels<T>& b, Rows<T> c,
+                      int64_t columns, int64_t count, bool accumulate = false) {
+  Product<T> product;
+  product.a = a;
+  product.depth = depth;
+  product.b = b;
+  product.c = c;
+  product.columns = {columns, false};
+  product.start = nullptr;
+  product.accumulate = accumulate;
+  const auto [from, past] = share(shape.count, plan.panel_groups, member);
+  kernel.product(product, 0, count, from, past);
+}
 
 // Runs `count` directions at the same time, on as many threads each as `plan` has. False, with
 // nothing run, where so many threads are not to be had.
