@@ -1,5 +1,6 @@
-// The only pybind11 file: turns Python arguments into the structs of lstm.h, releases the GIL,
-// calls. It checks nothing: python/fastlstm/ has checked and allocated everything.
+// The pybind11 module: turns Python arguments into the structs of lstm.h, releases the GIL,
+// calls. It checks in one place, fits(); the rest trusts what python/fastlstm/ checked and
+// allocated.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

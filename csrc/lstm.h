@@ -1,4 +1,5 @@
-// The whole C++ interface of fastlstm: one LSTM layer in one direction, on raw pointers.
+// The whole C++ interface of fastlstm: one LSTM layer, in one or both directions, on
+// raw pointers.
 //
 // Legend
 //   T  time steps    N  batch    D  input size    H  hidden size
