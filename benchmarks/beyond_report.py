@@ -11,6 +11,7 @@ from peers import OURS
 from report import (
     Sheet,
     duration,
+    facts,
     opening,
     percent,
     picture_lines,
@@ -63,12 +64,12 @@ its own: what disturbs the machine shows in both halves of a line alike, but not
 
 
 def print_report(data: dict[str, Any], console: Console) -> None:
-    print_facts(data, console)
+    print_facts(facts(data), console)
     print_sheets([SHEETS[name](rows) for name, rows in parts(data)], console)
 
 
 def write_markdown(data: dict[str, Any], path: Path, picture: Path | None) -> None:
-    lines = [*opening(data, "Beyond the table", "benchmarks/beyond.py"), "", METHOD]
+    lines = [*opening(facts(data), "Beyond the table", "benchmarks/beyond.py"), "", METHOD]
     for name, rows in parts(data):
         sheet = SHEETS[name](rows)
         lines += ["", f"## {sheet.title}", "", TEXTS[name], *table_lines(sheet)]
