@@ -84,10 +84,13 @@ def test_rows(cold):
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 def test_the_reference_has_the_rounded_numbers(precision):
-    (row,) = measure(replace(JOB, precision=precision, modes=("inference",)), silent)
-    eps = torch.finfo(gpu_peers.PRECISIONS[precision][0]).eps
-    # Had only the peers rounded their inputs, the error would be above one eps.
-    assert row["peers"][OURS]["error_y"] < eps
+    dtype, _ = gpu_peers.PRECISIONS[precision]
+    problem = Problem.random(SMALL, "float32").map(lambda a: torch.from_numpy(a).to(dtype))
+    found = gpu_measure.reference(problem)
+    expected = reference(problem.map(lambda tensor: tensor.double().numpy()), training=True)
+    assert set(found) == set(expected)
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, rtol=1e-12, atol=1e-12)
 
 
 def test_torchs_own_path_is_never_reported_as_ours(monkeypatch):
