@@ -23,6 +23,7 @@ log=$out/gpu_check.log
 if nvcc=$(command -v nvcc); then # compute-sanitizer may lie beside it, where PATH does not reach
   PATH=$PATH:$(dirname "$(readlink -f "$nvcc")")
 fi
+export FASTLSTM_CUDA_KERNELS=${FASTLSTM_CUDA_KERNELS:-1} # 0: cuDNN's own times, without ours
 export PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 
 summary=()
@@ -31,7 +32,8 @@ failed=0
 # part NAME LIMIT PATTERNS COMMAND...: run it for LIMIT seconds at most; succeeds if the command does
 # and its output has a match for each line of PATTERNS. The first one's is shown in the summary.
 part() {
-  local name=$1 limit=$2 patterns=$3 begin=$SECONDS offset status pattern line reason= verdict
+  local name=$1 limit=$2 patterns=$3 begin=$SECONDS offset status pattern line
+  local reason='' verdict
   shift 3
   printf '== %s\n' "$name" | tee -a "$log"
   offset=$(wc -c <"$log")
@@ -43,7 +45,9 @@ part() {
     status=$?
   fi
   while IFS= read -r pattern; do
-    output_from "$offset" | grep -qE "$pattern" || reason=${reason:-"not in its output: $pattern"}
+    # Not grep -q, which ends before it has read all and so fails the pipe.
+    output_from "$offset" | grep -E "$pattern" >/dev/null ||
+      reason=${reason:-"not in its output: $pattern"}
   done <<<"$patterns"
   ((status == 0)) || reason="exit status $status${reason:+, $reason}"
   line=$(output_from "$offset" | grep -E "${patterns%%$'\n'*}" | tail -n 1)

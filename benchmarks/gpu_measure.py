@@ -166,9 +166,13 @@ def new_row(job: Job, mode: str) -> Row:
 
 def reference(problem: Problem) -> Arrays:
     """The results of torch.nn.LSTM in float64 on the same numbers, without cuDNN."""
-    with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
-        prepared = torch_lstm(problem.map(torch.Tensor.double), training=True, threads=0)
-        return prepared.results(prepared.call())
+    torch.backends.cudnn.enabled = False  # not by flags(), which sets the others too
+    try:
+        with torch.enable_grad():
+            prepared = torch_lstm(problem.map(torch.Tensor.double), training=True, threads=0)
+            return prepared.results(prepared.call())
+    finally:
+        torch.backends.cudnn.enabled = True
 
 
 def prepare(

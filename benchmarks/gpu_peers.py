@@ -30,6 +30,7 @@ PRECISIONS = {  # what the dtype column says: the dtype of the tensors, and the 
 class GpuPeer(Peer):
     dtypes: tuple[str, ...] = tuple(PRECISIONS)
     plain: bool = False  # nothing but one layer in one direction and a dense batch
+    dense: bool = False  # no ragged batches and no projections
     longest: int | None = None  # more steps would take all the time
 
     def refuses(self, case: Case, precision: str) -> str:
@@ -40,6 +41,8 @@ class GpuPeer(Peer):
             return f"has no {precision}"
         if self.plain and not case.plain:
             return "has one layer, one direction and dense batches only"
+        if self.dense and (case.shortest or case.proj_size):
+            return "has dense batches only, and no projections"
         if self.longest and case.T > self.longest:
             return f"left out where T > {self.longest}: a Python loop takes too long"
         return ""
@@ -181,5 +184,5 @@ GPU_PEERS = {
         "flashrnn", flashrnn, ("flashrnn",), dtypes=("float16", "bfloat16", "tf32"), plain=True
     ),
     "haste": GpuPeer("haste", haste, ("haste_pytorch",), dtypes=("tf32", "float32"), plain=True),
-    "scan": GpuPeer("compiled\nscan", scan, ("torch",), longest=200),
+    "scan": GpuPeer("compiled\nscan", scan, ("torch",), dense=True, longest=200),
 }
