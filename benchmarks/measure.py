@@ -104,6 +104,7 @@ def measure_case(case: Case, settings: Settings) -> list[Row]:
 def new_row(case: Case, mode: str, settings: Settings) -> Row:
     return {
         "case": case.name,
+        "label": case.label,
         "group": case.group,
         **{size: getattr(case, size) for size in ("T", "N", "D", "H", "num_layers")},
         "bidirectional": case.bidirectional,
