@@ -105,7 +105,7 @@ class EventClock(HostClock):
     """Times calls by CUDA events on the current stream."""
 
     def flush_bytes(self) -> int:
-        return 2 * device_properties().L2_cache_size
+        return 2 * l2_bytes()
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
@@ -336,7 +336,7 @@ def describe(device: str, tell: Callable[[str], None]) -> dict[str, Any]:
         "capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
-        "l2_bytes": properties.L2_cache_size,
+        "l2_bytes": l2_bytes(),
         "driver": driver,
         "most_sm_mhz": most,
         "cuda": torch.version.cuda,
@@ -346,6 +346,10 @@ def describe(device: str, tell: Callable[[str], None]) -> dict[str, Any]:
 
 def device_properties() -> Any:
     return torch.cuda.get_device_properties(torch.cuda.current_device())
+
+
+def l2_bytes() -> int:
+    return getattr(device_properties(), "L2_cache_size", 2**26)  # since torch 2.5
 
 
 def sm_clock() -> int | None:

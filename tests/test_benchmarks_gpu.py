@@ -145,6 +145,83 @@ def test_cold_caches_are_cleared_outside_the_time():
     assert len(cleared) == 3
 
 
+# What asks the device, against stand-ins for it
+
+
+class FakeEvent:
+    """A device on which a millisecond passes from event to event."""
+
+    now = 0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        FakeEvent.now += 1
+        self.at = FakeEvent.now
+
+    def elapsed_time(self, end):
+        return end.at - self.at
+
+
+NVIDIA_SMI_STAND_IN = """#!/bin/sh
+[ "$*" = "--query-gpu=$FIELDS --format=csv,noheader,nounits -i GPU-some-id" ] || exit 1
+echo "$ANSWER"
+"""
+
+
+@pytest.fixture
+def fake_gpu(tmp_path, monkeypatch):
+    properties = {"name": "A GPU", "major": 9, "minor": 0, "multi_processor_count": 132}
+    properties |= {"total_memory": 2**37, "L2_cache_size": 2**20, "uuid": "some-id"}
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda index: SimpleNamespace(**properties)
+    )
+    (tmp_path / "nvidia-smi").write_text(NVIDIA_SMI_STAND_IN)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_events(fake_gpu, cold):
+    clock = gpu_measure.EventClock("cpu", cold)
+    calls = []
+    # One pair of events around all calls, or around each where the cache is cleared before it.
+    assert clock.timed(lambda: calls.append(1), 3) == pytest.approx(3e-3 if cold else 1e-3)
+    assert len(calls) == 3
+    assert clock.flush.numel() == (2**21 if cold else 0)
+
+
+def test_what_nvidia_smi_says(fake_gpu, monkeypatch):
+    monkeypatch.setenv("FIELDS", "clocks.sm")
+    monkeypatch.setenv("ANSWER", "1980")
+    assert gpu_measure.sm_clock() == 1980
+    monkeypatch.setenv("ANSWER", "[N/A]")
+    assert gpu_measure.sm_clock() is None
+    assert gpu_measure.nvidia_smi("no.such.field") == []
+    monkeypatch.setenv("FIELDS", "driver_version,clocks.max.sm")
+    monkeypatch.setenv("ANSWER", "580.159, 1980")
+    found = gpu_measure.describe("cuda", silent)
+    assert found["driver"] == "580.159" and found["most_sm_mhz"] == "1980"
+    assert found["name"] == "A GPU" and found["capability"] == "9.0"
+
+    pytest.importorskip("rich")
+    import gpu_report
+
+    row = {"peers": {"torch": {"cudnn": True}}, "sm_mhz": [1800, 1980]}
+    machine = {"cpu": "", "cpus": "", "system": ""}
+    data = {"date": "", "command": "", "machine": machine, "versions": {}, "rows": [row, row]}
+    facts = dict(gpu_report.facts({**data, "gpu": found, "settings": {"l2": "warm"}}))
+    assert facts["GPU"].startswith("A GPU, capability 9.0, 132 multiprocessors, 128 GiB, L2 1 MiB")
+    assert "driver 580.159" in facts["Driver, CUDA, cuDNN"]
+    assert facts["Driver, CUDA, cuDNN"].endswith("nn.LSTM ran on cuDNN in 2 of 2 rows")
+    assert facts["SM clock after the rows"] == "1980 to 1980 MHz of 1980"
+
+
 # The peers
 
 
