@@ -28,6 +28,7 @@ export PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=i
 
 summary=()
 failed=0
+shown=25 # lines of the output of a part that fails
 
 # part NAME LIMIT PATTERNS COMMAND...: run it for LIMIT seconds at most; succeeds if the command does
 # and its output has a match for each line of PATTERNS. The first one's is shown in the summary.
@@ -54,7 +55,7 @@ part() {
   if [[ $reason ]]; then
     failed=1
     printf '%s FAILED (%s); the end of its output:\n' "$name" "$reason"
-    output_from "$offset" | tail -n 25
+    output_from "$offset" | tail -n "$shown"
   fi
   verdict=${reason:+FAILED}
   summary+=("$(printf '%-10s %-6s %4d s  %s' "$name" "${verdict:-ok}" $((SECONDS - begin)) \
@@ -95,12 +96,14 @@ else
   peers=(--peers torch flashrnn haste scan) # an older fastlstm may be installed
 fi
 
+shown=250
 before=$(wc -c <"$log")
 left=$((total - SECONDS))
-part benchmark "$left" '^wrote .*gpu.md' "$python" benchmarks/compare.py --device cuda \
+if part benchmark "$left" '^wrote .*gpu.md' "$python" benchmarks/compare.py --device cuda \
   --within $((left - 20)) --json "$out/gpu.json" --plot "$out/gpu.png" --results "$out/gpu.md" \
-  ${peers[@]+"${peers[@]}"}
-output_from "$before"
+  ${peers[@]+"${peers[@]}"}; then
+  output_from "$before"
+fi
 
 printf '\n== summary, %d s\n' "$SECONDS" | tee -a "$log"
 printf '%s\n' "${summary[@]}" | tee -a "$log"

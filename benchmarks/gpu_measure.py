@@ -245,8 +245,9 @@ def interleave(
 ) -> dict[str, dict[str, Any]]:
     """Samples (seconds per call, by the clock and of the host), those of a round paired.
 
-    Each has `job.rounds` rounds, and more until it has had its share of `job.seconds`. So one that
-    has left does not come back, and the first samples of any two are of the same rounds.
+    Each has `job.rounds` rounds, and more until it has had its share of `job.seconds`; ours stays
+    with those that remain. So one that has left does not come back, and the first samples of any
+    two are of the same rounds.
     """
     measured: dict[str, dict[str, Any]] = {}
     gc.collect()
@@ -259,14 +260,16 @@ def interleave(
         share = job.seconds / max(len(calls), 1)
         left = dict.fromkeys(calls, share)
         for order in turns(calls):
-            active = [
+            active = {
                 name
                 for name in order
                 if left[name] > 0 or len(measured[name]["samples"]) < job.rounds
-            ]
+            }
             if not active:
                 break
-            for name in active:
+            for name in order:
+                if name not in active | {OURS}:
+                    continue
                 tell(name)
                 begin = time.perf_counter()
                 call, one = calls[name], measured[name]

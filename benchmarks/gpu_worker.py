@@ -34,7 +34,7 @@ class Worker:
         if self._process is None:
             context = get_context("spawn")
             self._connection, theirs = context.Pipe()
-            self._process = context.Process(target=serve, args=(theirs,), daemon=True)
+            self._process = context.Process(target=serve, args=(theirs,))
             self._process.start()
             theirs.close()
         at, end = "start", time.monotonic() + limit
@@ -58,10 +58,12 @@ class Worker:
         raise Lost(at, f"no result within {limit:.0f} s")
 
     def close(self) -> None:
+        """End the process: by itself, as its connection closes, or else by force."""
         if self._process is not None:
+            self._connection.close()
+            self._process.join(5)
             self._process.kill()
             self._process.join()
-            self._connection.close()
             self._process = None
 
 

@@ -136,6 +136,13 @@ def test_a_slow_peer_leaves_the_time_to_the_others():
     assert found["slow"]["samples"][0] > 0.06 > found["fast"]["samples"][0] > 0.001
 
 
+def test_ours_stays_as_long_as_any_other():
+    calls = {OURS: lambda: time.sleep(0.02), "fast": lambda: time.sleep(0.001)}
+    clock = HostClock("cpu", cold=False)
+    found = interleave(calls, clock, replace(JOB, seconds=0.3), silent)
+    assert len(found[OURS]["samples"]) == len(found["fast"]["samples"]) > 2 * JOB.rounds
+
+
 def test_cold_caches_are_cleared_outside_the_time():
     cleared, clock = [], HostClock("cpu", cold=True)
     clock.flush = SimpleNamespace(
