@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
-from measure import Row, alike, unique
+from measure import Row, alike, spread, unique
 from parts import MODES
 from peers import OURS
 from report import (
@@ -124,7 +124,7 @@ def difference(row: Row, one: str, other: str) -> str:
     """How much longer one takes, within a round."""
     pairs = zip(*(row["peers"][name]["samples"] for name in (one, other)), strict=True)
     found = [1e6 * (a - b) for a, b in pairs]
-    low, _, high = quantiles(found, n=4)
+    low, high = spread(found)
     return f"{median(found):+.2f} µs ({low:+.2f} to {high:+.2f})"
 
 

@@ -15,13 +15,13 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from statistics import geometric_mean, median, quantiles
+from statistics import geometric_mean, median
 from typing import Any
 
 import torch
 from cases import Arrays, Case, Problem, cudnn_persistent
 from gpu_peers import GPU_PEERS, PRECISIONS
-from measure import WARM_CALL, Row, calibrate, check, turns
+from measure import WARM_CALL, Row, calibrate, check, spread, turns
 from peers import OURS, Prepared, torch_lstm
 from torch.autograd.profiler import profile
 
@@ -317,14 +317,6 @@ def summarise(rows: list[Row]) -> list[Row]:
             if ratios:
                 means.append({"mode": mode, "cudnn_persistent": persistent, "ratios": ratios})
     return means
-
-
-def spread(values: list[float]) -> list[float]:
-    """The lower and the upper quartile."""
-    if len(values) < 2:
-        return [values[0], values[0]]
-    low, _, high = quantiles(values, n=4)
-    return [low, high]
 
 
 def describe(device: str, tell: Callable[[str], None]) -> dict[str, Any]:

@@ -251,13 +251,19 @@ def summarise_row(row: Row) -> None:
         ratios = [theirs / own for theirs, own in zip(measured["samples"], ours, strict=True)]
         measured["seconds"] = median(measured["samples"])
         measured["ratio"] = median(ratios)
-        if len(ratios) > 1:
-            low, _, high = quantiles(ratios, n=4)
-            measured["ratio_quartiles"] = [low, high]
+        measured["ratio_quartiles"] = spread(ratios)
         measured["gflops"] = row["flops"] / measured["seconds"] / 1e9
         pairs = zip(measured["samples"], row["fma_peak_gflops"], strict=True)
         shares = [row["flops"] / seconds / (peak * 1e9) for seconds, peak in pairs]
         measured["percent_of_peak"] = 100 * median(shares)
+
+
+def spread(values: list[float]) -> list[float]:
+    """The lower and the upper quartile."""
+    if len(values) < 2:
+        return [values[0], values[0]]
+    low, _, high = quantiles(values, n=4)
+    return [low, high]
 
 
 def mean(rows: list[Row], peer: str, quantity: str) -> float:

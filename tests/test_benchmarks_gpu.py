@@ -385,7 +385,9 @@ class FakeWorker:
 
 
 def test_a_case_is_measured_again_without_the_peer_that_hung():
-    gpu = pytest.importorskip("gpu", exc_type=ImportError)
+    pytest.importorskip("rich")
+    import gpu
+
     job = replace(JOB, peers=(OURS, "torch", "scan"))
     banned, failures = {}, []
     end = time.monotonic() + 60
