@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 import warnings
 
 import pytest
@@ -19,11 +21,13 @@ from helpers_torch import (  # noqa: E402
     assert_close,
     assert_same,
     backward,
+    flatten,
     leaf,
     pair,
 )
 from torch import nn  # noqa: E402
-from torch.nn.utils import parametrizations  # noqa: E402
+from torch.nn.utils import parametrizations, parametrize  # noqa: E402
+from torch.optim.swa_utils import AveragedModel  # noqa: E402
 
 
 class Model(nn.Module):
@@ -95,22 +99,123 @@ def test_convert_keeps_the_optimizer_working():
         assert_close(a, e, scale=20)  # Adam divides by small numbers
 
 
-def test_convert_leaves_subclasses_alone():
-    class Mine(nn.LSTM):
-        def forward(self, x, hx=None):
-            return "mine"
+class Mine(nn.LSTM):
+    def forward(self, x, hx=None):
+        return "mine"
 
-    class MyCell(nn.LSTMCell):
-        pass
 
-    model = nn.ModuleList([Mine(D, H), MyCell(D, H), nn.GRU(D, H), nn.LSTM(D, H)])
-    with pytest.warns(UserWarning, match=r"left subclasses as they are: 0 \(Mine\), 1 \(MyCell\)$"):
+class MyCell(nn.LSTMCell):
+    pass
+
+
+class MyOurs(fastlstm.nn.LSTM):
+    pass
+
+
+def test_subclasses_are_left_alone():
+    """A warning names what stays, and only that: what is ours already is no loss."""
+    model = nn.ModuleList([Mine(D, H), MyCell(D, H), MyOurs(D, H), nn.GRU(D, H), nn.LSTM(D, H)])
+    with pytest.warns(UserWarning, match=r"^convert: left as .*own: 0 \(Mine\), 1 \(MyCell\)$"):
         fastlstm.nn.convert(model)
-    assert [type(m) for m in model] == [Mine, MyCell, nn.GRU, fastlstm.nn.LSTM]
-    with pytest.warns(UserWarning, match=r"model \(Mine\)"):
+    assert [type(m) for m in model] == [Mine, MyCell, MyOurs, nn.GRU, fastlstm.nn.LSTM]
+    with pytest.warns(UserWarning, match=r"model \(Mine\)") as caught:
         assert type(fastlstm.nn.convert(Mine(D, H))) is Mine
-    fastlstm.nn.revert(model)
-    assert [type(m) for m in model] == [Mine, MyCell, nn.GRU, nn.LSTM]
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match=r"^revert: left as they are, .*own: 2 \(MyOurs\)$"):
+        fastlstm.nn.revert(model)
+    assert [type(m) for m in model] == [Mine, MyCell, MyOurs, nn.GRU, nn.LSTM]
+
+
+def test_subclasses_stay_when_parametrized():
+    model = parametrizations.weight_norm(Mine(D, H), "weight_hh_l0")
+    before = type(model)
+    with pytest.warns(UserWarning, match=r"model \(ParametrizedMine\)"):
+        fastlstm.nn.convert(model)
+    assert type(model) is before
+
+
+def test_replaced_forwards_are_left_alone():
+    """Some libraries wrap a forward by setting it on the module; a class cannot change that."""
+    model = nn.Sequential(nn.LSTM(D, H), nn.LSTM(H, H))
+    model[0].forward = model[0].forward
+    with pytest.warns(UserWarning, match=r"^convert: left as they are, .*own: 0 \(LSTM\)$"):
+        fastlstm.nn.convert(model)
+    assert [type(m) for m in model] == [nn.LSTM, fastlstm.nn.LSTM]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantized_modules_are_left_alone():
+    model = nn.ModuleList(
+        [
+            torch.ao.nn.quantizable.LSTM(D, H),
+            torch.ao.nn.quantizable.LSTMCell(D, H),
+            torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.LSTM(D, H))),
+            torch.ao.nn.quantized.reference.LSTM(D, H),
+            torch.ao.nn.quantized.reference.LSTMCell(D, H),
+        ]
+    )
+    before = [type(m) for m in model.modules()]
+    assert torch.ao.nn.quantized.dynamic.LSTM in before
+    fastlstm.nn.convert(model)
+    assert [type(m) for m in model.modules()] == before
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantization_after_revert():
+    """torch's quantization looks for nn.LSTM itself."""
+    _, theirs = pair(D, H)
+    x = leaf(T, N, D, grad=False)
+    expected = torch.ao.quantization.quantize_dynamic(nn.Sequential(theirs))(x)
+    model = fastlstm.nn.revert(fastlstm.nn.convert(nn.Sequential(theirs)))
+    quantized = torch.ao.quantization.quantize_dynamic(model)
+    assert type(quantized[0]) is torch.ao.nn.quantized.dynamic.LSTM
+    assert_close(quantized(x), expected)
+
+
+class Scripted(nn.Module):
+    def __init__(self, rnn):
+        super().__init__()
+        self.rnn = rnn
+
+    def forward(self, x):
+        return self.rnn(x)[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripted_modules_are_left_alone():
+    _, theirs = pair(D, H)
+    scripted = torch.jit.script(Scripted(theirs))
+    model = nn.ModuleList([scripted, nn.LSTM(D, H)])
+    fastlstm.nn.convert(model)
+    assert model[0] is scripted
+    assert type(model[1]) is fastlstm.nn.LSTM
+    x = leaf(T, N, D)
+    assert torch.equal(scripted(x), theirs(x)[0])
+
+
+def test_lazy_modules_may_wait():
+    torch.manual_seed(0)
+    model = fastlstm.nn.convert(nn.Sequential(nn.LazyLinear(D), nn.LSTM(D, H)))
+    assert_same(model, nn.Sequential(model[0], *pair_of(model[1])), leaf(T, N, 7))
+    assert type(model[0]) is nn.Linear
+    assert type(model[1]) is fastlstm.nn.LSTM
+
+
+def pair_of(ours):
+    """torch's twin of ours, in a list."""
+    return [fastlstm.nn.revert(copy.deepcopy(ours))]
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, AveragedModel], ids=lambda f: f.__name__)
+def test_inside_wrappers(wrap):
+    torch.manual_seed(0)
+    model = Model().eval()
+    x = leaf(N, T, D, grad=False)
+    expected = backward(model, x)
+    wrapped = wrap(model).eval()
+    fastlstm.nn.convert(wrapped)
+    assert type(wrapped.module.rnn) is fastlstm.nn.LSTM
+    assert_close(backward(wrapped, x), expected)
 
 
 def test_convert_and_revert():
@@ -148,21 +253,173 @@ def test_convert_and_revert():
         fastlstm.nn.revert(3)
 
 
-def test_convert_keeps_hooks_flags_and_attributes():
+def test_flags_and_attributes_stay():
     torch.manual_seed(0)
     model = nn.Sequential(nn.LSTM(D, H))
     model[0].weight_hh_l0.requires_grad_(False)
     model[0].note = "mine"
-    calls = []
-    model[0].register_forward_hook(lambda *_: calls.append("forward"))
-    model[0].register_full_backward_hook(lambda *_: calls.append("backward"))
+    model[0].register_buffer("mean", torch.ones(3))
     model = fastlstm.nn.convert(model)
-    y, _ = model(leaf(T, N, D))
-    y.sum().backward()
-    assert calls == ["forward", "backward"]
+    model(leaf(T, N, D))[0].sum().backward()
     assert model[0].note == "mine"
+    assert model[0].mean is model.get_buffer("0.mean")
     assert not model[0].weight_hh_l0.requires_grad
     assert model[0].weight_hh_l0.grad is None
+    assert model[0].weight_ih_l0.grad is not None
+
+
+HOOKS = (
+    "register_forward_pre_hook",
+    "register_forward_hook",
+    "register_full_backward_pre_hook",
+    "register_full_backward_hook",
+    "register_state_dict_pre_hook",
+    "register_state_dict_post_hook",
+    "register_load_state_dict_pre_hook",
+    "register_load_state_dict_post_hook",
+)
+
+
+@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_hooks_run(cell, when):
+    """Each once, whether it was registered before convert or after it."""
+    _, module = pair(D, H, cell=cell)
+    if when == "after":
+        fastlstm.nn.convert(module)
+    calls = []
+    for name in HOOKS:
+        getattr(module, name)(lambda *_, name=name: calls.append(name))
+    fastlstm.nn.convert(module)
+    module(leaf(N, D) if cell else leaf(T, N, D))[0].sum().backward()
+    module.load_state_dict(module.state_dict())
+    assert calls == list(HOOKS)
+
+
+@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
+def test_hooks_that_change_what_goes_in_and_out(cell):
+    x = leaf(N, D) if cell else leaf(T, N, D)
+    ours, theirs = pair(D, H, cell=cell)
+    fastlstm.nn.revert(ours)
+    for module in (ours, theirs):
+        module.register_forward_pre_hook(lambda _, args: (args[0] * 2, *args[1:]))
+        module.register_forward_hook(lambda _, args, out: (out[0] + 1, out[1]))
+    assert_same(fastlstm.nn.convert(ours), theirs, x)
+
+
+@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_other_dtypes(cell, dtype):
+    """The same module as one that was made as ours: its tests hold for both."""
+    made, theirs = pair(D, H, cell=cell, dtype=dtype)
+    x = leaf(N, D, dtype=dtype) if cell else leaf(T, N, D, dtype=dtype)
+    converted = fastlstm.nn.convert(theirs)
+    assert type(converted) is type(made)
+    for a, e in zip(flatten(backward(converted, x)), flatten(backward(made, x)), strict=True):
+        assert a.dtype == dtype
+        assert torch.equal(a, e)
+
+
+def test_meta_device_then_a_checkpoint():
+    """How large models are loaded: made without memory, converted, then given their weights."""
+    torch.manual_seed(0)
+    source = Model().eval()
+    with torch.device("meta"):
+        models = [fastlstm.nn.convert(Model()).eval() for _ in range(2)]
+    assert all(p.is_meta for model in models for p in model.parameters())
+    models[0].load_state_dict(source.state_dict(), assign=True)
+    models[1].to_empty(device="cpu").load_state_dict(source.state_dict())
+    x = leaf(N, T, D, grad=False)
+    for model in models:
+        assert type(model.rnn) is fastlstm.nn.LSTM
+        assert_close(backward(model, x), backward(source, x))
+
+
+@pytest.mark.parametrize("way", ["pickle", "torch.save", "deepcopy"])
+def test_copies_of_converted_models(way):
+    torch.manual_seed(0)
+    model = fastlstm.nn.convert(Model().eval())
+    x = leaf(N, T, D, grad=False)
+    expected = backward(model, x)
+    if way == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    elif way == "deepcopy":
+        twin = copy.deepcopy(model)
+    else:
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        twin = torch.load(buffer, weights_only=False)
+    assert type(twin.rnn) is fastlstm.nn.LSTM
+    assert type(twin.stack[0]) is fastlstm.nn.LSTMCell
+    assert twin.alias is twin.rnn
+    assert not twin.rnn.training
+    for a, e in zip(flatten(backward(twin, x)), flatten(expected), strict=True):
+        assert torch.equal(a, e)
+    with torch.no_grad():  # nothing is shared with the model it was copied from
+        for p in twin.parameters():
+            p.zero_()
+    assert_close(backward(model, x), expected)
+    assert not twin(x).any()
+
+
+def test_state_dicts_are_those_of_torch():
+    torch.manual_seed(0)
+    model = Model()
+    before = model.state_dict()
+    after = fastlstm.nn.convert(model).state_dict()
+    assert list(after) == list(before)
+    assert after._metadata == before._metadata
+    assert all(after[name].data_ptr() == before[name].data_ptr() for name in before)
+    Model().load_state_dict(after)
+    fastlstm.nn.convert(Model()).load_state_dict(before)
+
+
+def shown_classes(model):
+    return [type(m) for m in model.modules()]
+
+
+@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
+def test_parametrized_modules(cell):
+    """Converted, copied, converted again, freed of their parametrizations, reverted."""
+    weights = ("weight_ih", "weight_hh") if cell else ("weight_ih_l0", "weight_hh_l0")
+    twins = []
+    for _ in range(2):
+        _, module = pair(D, H, cell=cell)
+        parametrizations.weight_norm(module, weights[0])
+        parametrizations.orthogonal(module, weights[1])
+        twins.append(nn.ModuleDict({"inner": module}))
+    model, twin = twins
+    x = leaf(N, D) if cell else leaf(T, N, D)
+    fastlstm.nn.convert(model)
+    inner = model["inner"]
+    ours = fastlstm.nn.LSTMCell if cell else fastlstm.nn.LSTM
+    assert isinstance(inner, ours)
+    assert type(inner).__name__ == type(twin["inner"]).__name__
+    assert list(model.state_dict()) == list(twin.state_dict())
+    assert_same(inner, twin["inner"], x)
+
+    classes = shown_classes(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastlstm.nn.convert(model)
+    assert shown_classes(model) == classes
+
+    copied = copy.deepcopy(model)["inner"]
+    assert isinstance(copied, ours)
+    assert_same(copied, twin["inner"], x)
+    with pytest.raises(RuntimeError, match="only supported through state_dict"):
+        pickle.dumps(inner)  # as torch says of its own
+
+    fastlstm.nn.revert(copied)
+    assert not isinstance(copied, ours)
+    assert_same(copied, twin["inner"], x)
+
+    for module in (inner, twin["inner"]):
+        for name in weights:
+            parametrize.remove_parametrizations(module, name)
+    assert type(inner) is ours
+    assert_same(inner, twin["inner"], x)
 
 
 def test_convert_what_is_no_module():

@@ -268,28 +268,39 @@ class LSTMCell(torch.nn.LSTMCell):
 
 
 _OURS = {torch.nn.LSTM: LSTM, torch.nn.LSTMCell: LSTMCell}
+_Classes = dict[type[torch.nn.Module], type[torch.nn.Module]]
+
+# Where torch makes a class for a single module, of what the module was and what it can do now.
+_MADE_BY_TORCH = ("torch.nn.utils.parametrize", "torch.distributed.")
 
 
-def _exchange_classes(
-    model: _Module, classes: dict[type[torch.nn.Module], type[torch.nn.Module]]
-) -> list[str]:
-    """Give the modules inside their other class; return the names of subclasses that stay."""
+def _exchanged(old: type, classes: _Classes) -> type | None:
+    """Return the class that takes the place of another, or None where it stays."""
+    if old in classes or not old.__module__.startswith(_MADE_BY_TORCH):
+        return classes.get(old)
+    bases = tuple(_exchanged(base, classes) or base for base in old.__bases__)
+    return None if bases == old.__bases__ else type(old.__name__, bases, dict(vars(old)))
+
+
+def _exchange_classes(model: _Module, classes: _Classes) -> _Module:
+    """Give the modules inside their other class, and warn of those that must stay."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    to_ours = LSTM in classes.values()
     left = []
     for name, module in model.named_modules():
-        old = type(module)
-        # parametrize has made a class of its own for the module, whose one base is what it was.
-        parametrized = torch.nn.utils.parametrize.is_parametrized(module)
-        original = old.__base__ if parametrized else old
-        if original in classes:
-            new = classes[original]
-            if parametrized:
-                new = type(f"Parametrized{new.__name__}", (new,), dict(vars(old)))
+        new = None if "forward" in vars(module) else _exchanged(type(module), classes)
+        if new is not None:
             module.__class__ = new
-        elif isinstance(module, tuple(classes)) and original not in classes.values():
-            left.append(f"{name or 'model'} ({old.__name__})")
-    return left
+        elif isinstance(module, tuple(classes)) and to_ours != isinstance(module, (LSTM, LSTMCell)):
+            left.append(f"{name or 'model'} ({type(module).__name__})")
+    if left:
+        warnings.warn(
+            f"{'convert' if to_ours else 'revert'}: left as they are, since they may have "
+            f"a forward of their own: {', '.join(left)}",
+            stacklevel=3,
+        )
+    return model
 
 
 def convert(model: _Module) -> _Module:
@@ -299,8 +310,10 @@ def convert(model: _Module) -> _Module:
     ----------
     model : torch.nn.Module
         Changed in place: each such module becomes an instance of the class here and keeps its
-        parameters, parametrizations, buffers, hooks, mode and device. Subclasses of torch's are
-        left alone, since they may have a forward of their own; a warning names them.
+        parameters, parametrizations, buffers, hooks, mode and device. What may have a forward of
+        its own is left alone, and a warning names it: subclasses of torch's, and modules whose
+        `forward` was replaced. `DistributedDataParallel` and `fully_shard` may come before or
+        after.
 
     Returns
     -------
@@ -312,10 +325,7 @@ def convert(model: _Module) -> _Module:
     TypeError
         If `model` is not a Module.
     """
-    left = _exchange_classes(model, dict(_OURS))
-    if left:
-        warnings.warn(f"convert: left subclasses as they are: {', '.join(left)}", stacklevel=2)
-    return model
+    return _exchange_classes(model, dict(_OURS))
 
 
 def revert(model: _Module) -> _Module:
@@ -324,7 +334,8 @@ def revert(model: _Module) -> _Module:
     Parameters
     ----------
     model : torch.nn.Module
-        Changed in place; everything that `convert` keeps is kept. Subclasses are left alone.
+        Changed in place; what `convert` keeps is kept, and what it would leave alone is left
+        alone, with the same warning.
 
     Returns
     -------
@@ -336,5 +347,4 @@ def revert(model: _Module) -> _Module:
     TypeError
         If `model` is not a Module.
     """
-    _exchange_classes(model, {ours: torchs for torchs, ours in _OURS.items()})
-    return model
+    return _exchange_classes(model, {ours: torchs for torchs, ours in _OURS.items()})
