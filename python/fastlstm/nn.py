@@ -50,12 +50,8 @@ def _half_dtype(x: Any, hx: Any, weights: list[Any]) -> torch.dtype | None:
     return x.dtype if found == {x.dtype} and x.dtype in _HALF else None
 
 
-def _check_state_dtype(hx: Any, dtype: torch.dtype) -> None:
-    """Raise where torch would complain of a oneDNN primitive."""
-    if isinstance(hx, (tuple, list)):
-        for k, state in enumerate(hx):
-            if isinstance(state, Tensor) and state.dtype is not dtype:
-                raise RuntimeError(f"hx[{k}]: expected dtype {dtype}, got {state.dtype}")
+# What torch says of a state of another dtype, where the operator it came to minds.
+_WORDS_FOR_DTYPE = ("mkldnn", "primitive", "same dtype")
 
 
 def _packed(
@@ -115,11 +111,9 @@ class LSTM(torch.nn.LSTM):
         autocast = torch.is_autocast_enabled("cpu")
         if autocast or not _core.fits(x, hx, weights, *sizes):
             half = _half_dtype(x, hx, weights)
-            if half is None and not autocast:
-                self._check(input, hx, weights)
             packed = _packed(x, hx, weights, half)
             if (autocast and half is None) or not _core.fits(*packed, *sizes):
-                return super().forward(input, hx)
+                return self._as_torch(input, hx, weights)
             x, hx, weights = packed
 
         if not ragged:
@@ -198,17 +192,26 @@ class LSTM(torch.nn.LSTM):
             self.check_forward_args(x, (states[0], states[1]), None)
         return True
 
-    def _check(self, input: Any, hx: Any, weights: list[Any]) -> None:
-        """Raise where nn.LSTM would read out of bounds or report obscurely."""
-        if any(w is None for w in weights):
-            return
-        self._check_weight_shapes(weights)
-        if not isinstance(input, PackedSequence):
-            _check_state_dtype(hx, weights[0].dtype)
-        elif isinstance(hx, (tuple, list)) and len(hx) == 2:
-            self.check_forward_args(input.data, (hx[0], hx[1]), input.batch_sizes)
-        elif hx is None:
-            self.check_input(input.data, input.batch_sizes)
+    def _as_torch(self, input: Any, hx: Any, weights: list[Any]) -> Any:
+        """Run as nn.LSTM does, but raise where it would read out of bounds or report obscurely."""
+        if all(w is not None for w in weights):
+            self._check_weight_shapes(weights)
+            if isinstance(input, PackedSequence):
+                if hx is None:
+                    self.check_input(input.data, input.batch_sizes)
+                else:
+                    self.check_forward_args(input.data, (hx[0], hx[1]), input.batch_sizes)
+        try:
+            return super().forward(input, hx)
+        except RuntimeError as error:
+            if any(words in str(error) for words in _WORDS_FOR_DTYPE):
+                expected = weights[0].dtype
+                for k, state in enumerate(() if hx is None else hx):
+                    got = getattr(state, "dtype", expected)
+                    if got != expected:
+                        message = f"hx[{k}]: expected dtype {expected}, got {got}"
+                        raise RuntimeError(message) from error
+            raise
 
     def _check_weight_shapes(self, weights: list[Any]) -> None:
         H, P = self.hidden_size, self.proj_size or self.hidden_size
