@@ -94,9 +94,10 @@ class LSTM(torch.nn.LSTM):
         """Run over `input`: shapes, results and errors of `torch.nn.LSTM`."""
         # Read anew at every call, wherever weight_norm, parametrize or functional_call put them.
         own = self._parameters
-        weights: list[Any] = [
-            own[n] if n in own else getattr(self, n, None) for n in self._flat_weights_names
-        ]
+        try:
+            weights: list[Any] = [own[n] for n in self._flat_weights_names]
+        except KeyError:
+            weights = self._computed_weights()
         if _observed():
             if torch.compiler.is_compiling() and self._compiles(input, hx, weights):
                 return self._run(input, hx, weights, _ops.layer_of_graph)
@@ -128,6 +129,15 @@ class LSTM(torch.nn.LSTM):
             )
             h, c = self.permute_hidden((h, c), input.unsorted_indices)
         return (y, (h, c)) if half is None else (y.to(half), (h.to(half), c.to(half)))
+
+    def _computed_weights(self) -> list[Any]:
+        """Return the weights where some are no parameters."""
+        if torch.compiler.is_compiling():
+            return [getattr(self, n, None) for n in self._flat_weights_names]
+        # As often as nn.LSTM does, since each reading may draw numbers or step a power iteration.
+        self._update_flat_weights()
+        weights: list[Any] = self._flat_weights
+        return weights
 
     def _run(self, x: Any, hx: Any, weights: list[Any], layer: Any) -> Any:
         """Run a dense batch, or no batch, in the layout that the caller has."""
