@@ -436,3 +436,45 @@ def test_convert_transformed_modules():
             torch.manual_seed(0)
             twins.append(TRANSFORMS[name](nn.LSTM(D, H), "weight_hh_l0"))
         assert_same(fastlstm.nn.convert(twins[0]), twins[1], x)
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's own
+def test_lightning_trains_a_converted_model(tmp_path):
+    """Its Trainer, with a checkpoint: the same weights as with the model as it was."""
+    lightning = pytest.importorskip("lightning", reason="lightning (PyTorch Lightning) is missing")
+
+    class Module(lightning.LightningModule):
+        def __init__(self, convert):
+            super().__init__()
+            self.model = Model()
+            if convert:
+                fastlstm.nn.convert(self.model)
+
+        def training_step(self, batch):
+            return self.model(batch).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.5)
+
+    def train(convert):
+        lightning.seed_everything(0)
+        module = Module(convert)
+        trainer = lightning.Trainer(
+            max_epochs=2,
+            accelerator="cpu",
+            logger=False,
+            default_root_dir=tmp_path / str(convert),
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        data = leaf(4 * N, T, D, grad=False)
+        trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=N))
+        assert trainer.global_step == 8
+        checkpoint = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=False)
+        assert [type(m) is nn.LSTM for m in module.modules()].count(True) == (not convert)
+        return module.state_dict(), checkpoint["state_dict"]
+
+    ours, theirs = train(True), train(False)
+    for actual, expected in zip(ours, theirs, strict=True):
+        assert list(actual) == list(expected)
+        assert_close(list(actual.values()), list(expected.values()), scale=10)

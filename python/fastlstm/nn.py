@@ -132,12 +132,12 @@ class LSTM(torch.nn.LSTM):
 
     def _computed_weights(self) -> list[Any]:
         """Return the weights where some are no parameters."""
+        names = self._flat_weights_names
         if torch.compiler.is_compiling():
-            return [getattr(self, n, None) for n in self._flat_weights_names]
-        # As often as nn.LSTM does, since each reading may draw numbers or step a power iteration.
-        self._update_flat_weights()
-        weights: list[Any] = self._flat_weights
-        return weights
+            return [getattr(self, n, None) for n in names]
+        # As often as nn.LSTM reads them: each reading may draw numbers or step a power iteration.
+        self._weights_have_changed()  # type: ignore[no-untyped-call]
+        return [getattr(self, n) if hasattr(self, n) else None for n in names]
 
     def _run(self, x: Any, hx: Any, weights: list[Any], layer: Any) -> Any:
         """Run a dense batch, or no batch, in the layout that the caller has."""
