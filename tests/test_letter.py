@@ -108,7 +108,7 @@ CONSTRUCTOR_MESSAGES = [
 ]
 
 
-@pytest.mark.parametrize("args, kind, words", CONSTRUCTOR_MESSAGES, ids=str)
+@pytest.mark.parametrize("args, kind, words", CONSTRUCTOR_MESSAGES, ids=words_only)
 def test_constructor_messages(args, kind, words):
     assert_same_words(lambda cls: cls(*args), *CLASSES["LSTM"], kind, words)
 
