@@ -1,8 +1,4 @@
-"""fastlstm.nn beside torch.nn: the same results, gradients, errors and manners.
-
-"The same outcome" means that both return equal values or that both raise the same error, so these
-tests hold for whatever torch version is installed.
-"""
+"""fastlstm.nn beside torch.nn: the same results, gradients, errors and manners."""
 
 from __future__ import annotations
 
@@ -12,7 +8,6 @@ import itertools
 import pickle
 import re
 import sys
-import warnings
 
 import numpy as np
 import pytest
@@ -21,106 +16,30 @@ from helpers import run_python, stdout_of
 torch = pytest.importorskip("torch", reason="tests of the torch side")
 
 import fastlstm.nn  # noqa: E402 - needs torch
+from helpers_torch import (  # noqa: E402
+    F32,
+    F64,
+    TRANSFORMS,
+    D,
+    H,
+    Marked,
+    N,
+    T,
+    assert_close,
+    assert_same,
+    assert_same_outcome,
+    backward,
+    copy_of,
+    every_dtype,
+    flatten,
+    leaf,
+    outcome,
+    pair,
+    transposed,
+)
 from torch import nn  # noqa: E402
 from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
-from torch.nn.utils import parametrizations, prune, rnn  # noqa: E402
-
-T, N, D, H = 6, 3, 4, 5
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
-every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-F32, F64 = torch.float32, torch.float64
-# More than in test_kernels.py, since nn.LSTM is off as well; other dtypes are torch's own: equal.
-TOLERANCE = {F32: 1e-5, F64: 2e-14}
-
-
-class Marked(torch.Tensor):
-    """A subclass that means nothing by it."""
-
-
-# --- comparisons ---------------------------------------------------------------------------------
-
-
-def flatten(value):
-    """All tensors of a nested result; None stays."""
-    if isinstance(value, rnn.PackedSequence):
-        return [value.data, value.batch_sizes, value.sorted_indices, value.unsorted_indices]
-    if isinstance(value, (tuple, list)):
-        return [tensor for part in value for tensor in flatten(part)]
-    return [value]
-
-
-def assert_close(actual, expected, *, scale=1.0):
-    """Nested results with the same structure, dtypes, devices and, up to rounding, values."""
-    assert type(actual) is type(expected)
-    for a, e in zip(flatten(actual), flatten(expected), strict=True):
-        if e is None or not isinstance(e, torch.Tensor):
-            assert a == e
-            continue
-        assert (a.shape, a.dtype, a.device) == (e.shape, e.dtype, e.device)
-        if a.numel() == 0 or a.device.type == "meta":
-            continue
-        if not a.is_floating_point():
-            assert torch.equal(a, e)
-            continue
-        limit = scale * TOLERANCE.get(a.dtype, 0) * max(1.0, e.detach().abs().max().item())
-        torch.testing.assert_close(a, e, rtol=0, atol=limit, equal_nan=True)
-
-
-def outcome(f):
-    """What f returns, or the type and the text of what it raises, and what it warns of."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            result = f()
-        except Exception as error:
-            result = (type(error), str(error))
-    return result, [(w.category, str(w.message)) for w in caught]
-
-
-def assert_same_outcome(ours, theirs, **kwargs):
-    (a, a_warnings), (e, e_warnings) = outcome(ours), outcome(theirs)
-    assert_close(a, e, **kwargs)
-    assert a_warnings == e_warnings
-    return e
-
-
-def pair(*args, cell=False, seed=0, **kwargs):
-    """Ours and theirs with the same parameters."""
-    name = "LSTMCell" if cell else "LSTM"
-    torch.manual_seed(seed)
-    theirs = getattr(nn, name)(*args, **kwargs)
-    ours = getattr(fastlstm.nn, name)(*args, **kwargs)
-    ours.load_state_dict(theirs.state_dict())
-    return ours, theirs
-
-
-def leaf(*shape, dtype=F32, seed=0, grad=True):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, dtype=dtype, generator=generator).requires_grad_(grad)
-
-
-def copy_of(x):
-    """Of the same strides."""
-    return x.detach().clone(memory_format=torch.preserve_format)
-
-
-def backward(module, *inputs):
-    """The result, and the gradients of inputs and parameters of a loss that uses all of it."""
-    inputs = [copy_of(x).requires_grad_() for x in inputs]
-    x, *state = inputs
-    result = module(x, tuple(state)) if state else module(x)
-    outputs = flatten(result)
-    incoming = [torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view_as(t) for t in outputs]
-    grads = torch.autograd.grad(
-        outputs, [*inputs, *module.parameters()], incoming, allow_unused=True
-    )
-    return result, list(grads)
-
-
-def assert_same(ours, theirs, *inputs):
-    """Result and every gradient."""
-    assert_close(backward(ours, *inputs), backward(theirs, *inputs))
-
+from torch.nn.utils import rnn  # noqa: E402
 
 # --- results and gradients -----------------------------------------------------------------------
 
@@ -243,10 +162,6 @@ def test_nan_and_inf(value, dtype):
     assert_same(ours, theirs, x)
     others = ours(x)[0].detach()[:, [0, 2]]
     assert torch.equal(others, clean[:, [0, 2]])
-
-
-def transposed(x):
-    return x.transpose(0, -1).contiguous().transpose(0, -1)
 
 
 def sliced(x):
@@ -629,179 +544,7 @@ def test_memory_layout_of_the_output(batch_first):
             assert a.is_contiguous()
 
 
-# --- convert -------------------------------------------------------------------------------------
-
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Linear(D, D)
-        self.rnn = nn.LSTM(D, H, 2, batch_first=True, dropout=0.1, bidirectional=True)
-        self.stack = nn.ModuleList(
-            [nn.LSTMCell(2 * H, H), nn.ModuleDict({"cell": nn.LSTMCell(H, H)})]
-        )
-        self.alias = self.rnn  # one module under two names
-
-    def forward(self, x):
-        y, _ = self.rnn(self.embed(x))
-        h, _ = self.stack[0](y[:, -1])
-        return self.stack[1]["cell"](h)[0]
-
-
-def test_convert_nested_and_shared_modules():
-    torch.manual_seed(0)
-    model = Model()
-    parameters = dict(model.named_parameters())
-    x = leaf(N, T, D, grad=False)
-    expected = backward(model.eval(), x)
-
-    assert fastlstm.nn.convert(model) is model
-    assert type(model.rnn) is fastlstm.nn.LSTM
-    assert type(model.stack[0]) is fastlstm.nn.LSTMCell
-    assert type(model.stack[1]["cell"]) is fastlstm.nn.LSTMCell
-    assert model.alias is model.rnn
-    assert type(model.embed) is nn.Linear
-    converted = dict(model.named_parameters())
-    assert list(converted) == list(parameters)
-    assert all(converted[name] is p for name, p in parameters.items())
-    assert not model.training
-    assert not model.rnn.training
-    assert_close(backward(model, x), expected)
-
-    assert fastlstm.nn.convert(model) is model  # a second time changes nothing
-    assert_close(backward(model, x), expected)
-
-
-@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
-def test_convert_the_module_itself(cell):
-    _, theirs = pair(D, H, cell=cell)
-    x = leaf(N, D) if cell else leaf(T, N, D)
-    expected = backward(theirs, x)
-    parameters = list(theirs.parameters())
-    ours = fastlstm.nn.convert(theirs)
-    assert type(ours) is (fastlstm.nn.LSTMCell if cell else fastlstm.nn.LSTM)
-    assert all(a is b for a, b in zip(ours.parameters(), parameters, strict=True))
-    assert_close(backward(ours, x), expected)
-
-
-def test_convert_keeps_the_optimizer_working():
-    models = []
-    for convert in (True, False):
-        torch.manual_seed(0)
-        model = Model().eval()
-        optimizer = torch.optim.Adam(model.parameters(), 0.01)
-        if convert:
-            model = fastlstm.nn.convert(model)
-        for _ in range(3):
-            optimizer.zero_grad()
-            model(leaf(N, T, D, grad=False)).square().sum().backward()
-            optimizer.step()
-        models.append(model)
-    for a, e in zip(*(m.parameters() for m in models), strict=True):
-        assert_close(a, e, scale=20)  # Adam divides by small numbers
-
-
-def test_convert_leaves_subclasses_alone():
-    class Mine(nn.LSTM):
-        def forward(self, x, hx=None):
-            return "mine"
-
-    class MyCell(nn.LSTMCell):
-        pass
-
-    model = nn.ModuleList([Mine(D, H), MyCell(D, H), nn.GRU(D, H), nn.LSTM(D, H)])
-    with pytest.warns(UserWarning, match=r"left subclasses as they are: 0 \(Mine\), 1 \(MyCell\)$"):
-        fastlstm.nn.convert(model)
-    assert [type(m) for m in model] == [Mine, MyCell, nn.GRU, fastlstm.nn.LSTM]
-    with pytest.warns(UserWarning, match=r"model \(Mine\)"):
-        assert type(fastlstm.nn.convert(Mine(D, H))) is Mine
-    fastlstm.nn.revert(model)
-    assert [type(m) for m in model] == [Mine, MyCell, nn.GRU, nn.LSTM]
-
-
-def test_convert_and_revert():
-    def build():
-        torch.manual_seed(0)
-        model = nn.ModuleDict({"a": nn.LSTM(D, H), "b": nn.Sequential(nn.LSTMCell(D, H))})
-        model["shared"] = model["a"]
-        model["spectral"] = parametrizations.spectral_norm(nn.LSTM(D, H), "weight_hh_l0")
-        return model.eval()
-
-    def classes(model):
-        return [type(m) for m in model.modules()]
-
-    model, twin = build(), build()
-    before = classes(model)
-    state = copy.deepcopy(model.state_dict())
-    assert fastlstm.nn.convert(model) is model
-    converted = classes(model)
-    assert isinstance(model["a"], fastlstm.nn.LSTM) and model["shared"] is model["a"]
-    assert isinstance(model["spectral"], fastlstm.nn.LSTM)
-    assert isinstance(model["b"][0], fastlstm.nn.LSTMCell) and not model["a"].training
-    x = leaf(T, N, D)
-    for name in ("a", "spectral"):
-        assert_same(model[name], twin[name], x)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        fastlstm.nn.convert(model)
-    assert classes(model) == converted
-    assert fastlstm.nn.revert(model) is model
-    assert [c.__name__ for c in classes(model)] == [c.__name__ for c in before]
-    assert not any(isinstance(m, fastlstm.nn.LSTM | fastlstm.nn.LSTMCell) for m in model.modules())
-    assert_same(model["spectral"], twin["spectral"], x)
-    assert_close(list(model.state_dict().values()), list(state.values()))
-    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got int"):
-        fastlstm.nn.revert(3)
-
-
-def test_convert_keeps_hooks_flags_and_attributes():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.LSTM(D, H))
-    model[0].weight_hh_l0.requires_grad_(False)
-    model[0].note = "mine"
-    calls = []
-    model[0].register_forward_hook(lambda *_: calls.append("forward"))
-    model[0].register_full_backward_hook(lambda *_: calls.append("backward"))
-    model = fastlstm.nn.convert(model)
-    y, _ = model(leaf(T, N, D))
-    y.sum().backward()
-    assert calls == ["forward", "backward"]
-    assert model[0].note == "mine"
-    assert not model[0].weight_hh_l0.requires_grad
-    assert model[0].weight_hh_l0.grad is None
-
-
-def test_convert_what_is_no_module():
-    with pytest.raises(TypeError, match=r"(?s)expected.*Module.*got.*int"):
-        fastlstm.nn.convert(3)
-
-
-def test_convert_transformed_modules():
-    """weight_norm and pruning leave hooks or subclasses behind; the results stay."""
-    x = leaf(T, N, D)
-    for name in ("weight_norm", "weight_norm_old", "prune"):
-        twins = []
-        for _ in range(2):  # some transformed modules cannot be deep-copied
-            torch.manual_seed(0)
-            twins.append(TRANSFORMS[name](nn.LSTM(D, H)))
-        assert_same(fastlstm.nn.convert(twins[0]), twins[1], x)
-
-
 # --- weights that are replaced or changed --------------------------------------------------------
-
-
-def old_weight_norm(module):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # deprecated, and still in use
-        return nn.utils.weight_norm(module, "weight_hh_l0")
-
-
-TRANSFORMS = {
-    "weight_norm": lambda m: parametrizations.weight_norm(m, "weight_hh_l0"),
-    "weight_norm_old": old_weight_norm,
-    "spectral_norm": lambda m: parametrizations.spectral_norm(m, "weight_hh_l0"),
-    "prune": lambda m: prune.l1_unstructured(m, "weight_hh_l0", amount=0.5),
-}
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
@@ -811,7 +554,7 @@ def test_reparametrized_weights(transform, twice):
     results = []
     for module in modules:
         torch.manual_seed(5)
-        transformed = transform(module)
+        transformed = transform(module, "weight_hh_l0")
         x = leaf(T, N, D)
         if twice:
             transformed(x)[0].square().sum().backward()

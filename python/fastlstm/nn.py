@@ -50,12 +50,8 @@ def _half_dtype(x: Any, hx: Any, weights: list[Any]) -> torch.dtype | None:
     return x.dtype if found == {x.dtype} and x.dtype in _HALF else None
 
 
-def _check_state_dtype(hx: Any, dtype: torch.dtype) -> None:
-    """Raise where torch would complain of a oneDNN primitive."""
-    if isinstance(hx, (tuple, list)):
-        for k, state in enumerate(hx):
-            if isinstance(state, Tensor) and state.dtype is not dtype:
-                raise RuntimeError(f"hx[{k}]: expected dtype {dtype}, got {state.dtype}")
+# What torch says of a state of another dtype, where the operator it came to minds.
+_WORDS_FOR_DTYPE = ("mkldnn", "primitive", "same dtype")
 
 
 def _packed(
@@ -98,9 +94,10 @@ class LSTM(torch.nn.LSTM):
         """Run over `input`: shapes, results and errors of `torch.nn.LSTM`."""
         # Read anew at every call, wherever weight_norm, parametrize or functional_call put them.
         own = self._parameters
-        weights: list[Any] = [
-            own[n] if n in own else getattr(self, n, None) for n in self._flat_weights_names
-        ]
+        try:
+            weights: list[Any] = [own[n] for n in self._flat_weights_names]
+        except KeyError:
+            weights = self._computed_weights()
         if _observed():
             if torch.compiler.is_compiling() and self._compiles(input, hx, weights):
                 return self._run(input, hx, weights, _ops.layer_of_graph)
@@ -115,11 +112,9 @@ class LSTM(torch.nn.LSTM):
         autocast = torch.is_autocast_enabled("cpu")
         if autocast or not _core.fits(x, hx, weights, *sizes):
             half = _half_dtype(x, hx, weights)
-            if half is None and not autocast:
-                self._check(input, hx, weights)
             packed = _packed(x, hx, weights, half)
             if (autocast and half is None) or not _core.fits(*packed, *sizes):
-                return super().forward(input, hx)
+                return self._as_torch(input, hx, weights)
             x, hx, weights = packed
 
         if not ragged:
@@ -134,6 +129,15 @@ class LSTM(torch.nn.LSTM):
             )
             h, c = self.permute_hidden((h, c), input.unsorted_indices)
         return (y, (h, c)) if half is None else (y.to(half), (h.to(half), c.to(half)))
+
+    def _computed_weights(self) -> list[Any]:
+        """Return the weights where some are no parameters."""
+        names = self._flat_weights_names
+        if torch.compiler.is_compiling():
+            return [getattr(self, n, None) for n in names]
+        # As often as nn.LSTM reads them: each reading may draw numbers or step a power iteration.
+        self._weights_have_changed()  # type: ignore[no-untyped-call]
+        return [getattr(self, n) if hasattr(self, n) else None for n in names]
 
     def _run(self, x: Any, hx: Any, weights: list[Any], layer: Any) -> Any:
         """Run a dense batch, or no batch, in the layout that the caller has."""
@@ -198,17 +202,26 @@ class LSTM(torch.nn.LSTM):
             self.check_forward_args(x, (states[0], states[1]), None)
         return True
 
-    def _check(self, input: Any, hx: Any, weights: list[Any]) -> None:
-        """Raise where nn.LSTM would read out of bounds or report obscurely."""
-        if any(w is None for w in weights):
-            return
-        self._check_weight_shapes(weights)
-        if not isinstance(input, PackedSequence):
-            _check_state_dtype(hx, weights[0].dtype)
-        elif isinstance(hx, (tuple, list)) and len(hx) == 2:
-            self.check_forward_args(input.data, (hx[0], hx[1]), input.batch_sizes)
-        elif hx is None:
-            self.check_input(input.data, input.batch_sizes)
+    def _as_torch(self, input: Any, hx: Any, weights: list[Any]) -> Any:
+        """Run as nn.LSTM does, but raise where it would read out of bounds or report obscurely."""
+        if all(w is not None for w in weights):
+            self._check_weight_shapes(weights)
+            if isinstance(input, PackedSequence):
+                if hx is None:
+                    self.check_input(input.data, input.batch_sizes)
+                else:
+                    self.check_forward_args(input.data, (hx[0], hx[1]), input.batch_sizes)
+        try:
+            return super().forward(input, hx)
+        except RuntimeError as error:
+            if any(words in str(error) for words in _WORDS_FOR_DTYPE):
+                expected = weights[0].dtype
+                for k, state in enumerate(() if hx is None else hx):
+                    got = getattr(state, "dtype", expected)
+                    if got != expected:
+                        message = f"hx[{k}]: expected dtype {expected}, got {got}"
+                        raise RuntimeError(message) from error
+            raise
 
     def _check_weight_shapes(self, weights: list[Any]) -> None:
         H, P = self.hidden_size, self.proj_size or self.hidden_size
@@ -268,28 +281,39 @@ class LSTMCell(torch.nn.LSTMCell):
 
 
 _OURS = {torch.nn.LSTM: LSTM, torch.nn.LSTMCell: LSTMCell}
+_Classes = dict[type[torch.nn.Module], type[torch.nn.Module]]
+
+# Where torch makes a class for a single module, of what the module was and what it can do now.
+_MADE_BY_TORCH = ("torch.nn.utils.parametrize", "torch.distributed.")
 
 
-def _exchange_classes(
-    model: _Module, classes: dict[type[torch.nn.Module], type[torch.nn.Module]]
-) -> list[str]:
-    """Give the modules inside their other class; return the names of subclasses that stay."""
+def _exchanged(old: type, classes: _Classes) -> type | None:
+    """Return the class that takes the place of another, or None where it stays."""
+    if old in classes or not old.__module__.startswith(_MADE_BY_TORCH):
+        return classes.get(old)
+    bases = tuple(_exchanged(base, classes) or base for base in old.__bases__)
+    return None if bases == old.__bases__ else type(old.__name__, bases, dict(vars(old)))
+
+
+def _exchange_classes(model: _Module, classes: _Classes) -> _Module:
+    """Give the modules inside their other class, and warn of those that must stay."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    to_ours = LSTM in classes.values()
     left = []
     for name, module in model.named_modules():
-        old = type(module)
-        # parametrize has made a class of its own for the module, whose one base is what it was.
-        parametrized = torch.nn.utils.parametrize.is_parametrized(module)
-        original = old.__base__ if parametrized else old
-        if original in classes:
-            new = classes[original]
-            if parametrized:
-                new = type(f"Parametrized{new.__name__}", (new,), dict(vars(old)))
+        new = None if "forward" in vars(module) else _exchanged(type(module), classes)
+        if new is not None:
             module.__class__ = new
-        elif isinstance(module, tuple(classes)) and original not in classes.values():
-            left.append(f"{name or 'model'} ({old.__name__})")
-    return left
+        elif isinstance(module, tuple(classes)) and to_ours != isinstance(module, (LSTM, LSTMCell)):
+            left.append(f"{name or 'model'} ({type(module).__name__})")
+    if left:
+        warnings.warn(
+            f"{'convert' if to_ours else 'revert'}: left as they are, since they may have "
+            f"a forward of their own: {', '.join(left)}",
+            stacklevel=3,
+        )
+    return model
 
 
 def convert(model: _Module) -> _Module:
@@ -299,8 +323,10 @@ def convert(model: _Module) -> _Module:
     ----------
     model : torch.nn.Module
         Changed in place: each such module becomes an instance of the class here and keeps its
-        parameters, parametrizations, buffers, hooks, mode and device. Subclasses of torch's are
-        left alone, since they may have a forward of their own; a warning names them.
+        parameters, parametrizations, buffers, hooks, mode and device. What may have a forward of
+        its own is left alone, and a warning names it: subclasses of torch's, and modules whose
+        `forward` was replaced. `DistributedDataParallel` and `fully_shard` may come before or
+        after.
 
     Returns
     -------
@@ -312,10 +338,7 @@ def convert(model: _Module) -> _Module:
     TypeError
         If `model` is not a Module.
     """
-    left = _exchange_classes(model, dict(_OURS))
-    if left:
-        warnings.warn(f"convert: left subclasses as they are: {', '.join(left)}", stacklevel=2)
-    return model
+    return _exchange_classes(model, dict(_OURS))
 
 
 def revert(model: _Module) -> _Module:
@@ -324,7 +347,8 @@ def revert(model: _Module) -> _Module:
     Parameters
     ----------
     model : torch.nn.Module
-        Changed in place; everything that `convert` keeps is kept. Subclasses are left alone.
+        Changed in place; what `convert` keeps is kept, and what it would leave alone is left
+        alone, with the same warning.
 
     Returns
     -------
@@ -336,5 +360,4 @@ def revert(model: _Module) -> _Module:
     TypeError
         If `model` is not a Module.
     """
-    _exchange_classes(model, {ours: torchs for torchs, ours in _OURS.items()})
-    return model
+    return _exchange_classes(model, {ours: torchs for torchs, ours in _OURS.items()})
