@@ -695,7 +695,7 @@ def test_anomaly_mode_and_hooks():
         assert_same(ours, theirs, leaf(T, N, D))
 
 
-# --- what the kernels do not serve: nn.LSTM's own path -------------------------------------------
+# --- packed, projected, half precision, other devices --------------------------------------------
 
 
 @pytest.mark.parametrize("enforce_sorted", [True, False])
@@ -960,7 +960,7 @@ def test_what_the_kernels_may_read():
         for other in wrong:
             assert not fits(x, [*weights[:k], other, *weights[k + 1 :]])
     assert not fits(x, weights[:3]) and not fits(x, tuple(weights))
-    module(no_memory)  # torch's own path takes it
+    module(no_memory)  # through an operator, which finds memory there
     module(x)[0].backward(torch._efficientzerotensor((3, 2, 5)))
     assert not any(w.grad.any() for w in weights)
 
@@ -1016,7 +1016,7 @@ def test_autocast(cell, dtype):
         assert_close(mine, right, scale=10)
 
 
-def test_autocast_leaves_float64_to_torch():
+def test_autocast_leaves_float64_alone():
     ours, theirs = pair(D, H, dtype=F64)
     x = leaf(T, N, D, dtype=F64)
 
@@ -1027,57 +1027,8 @@ def test_autocast_leaves_float64_to_torch():
     assert_same_outcome(lambda: run(ours), lambda: run(theirs))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
-@pytest.mark.parametrize("name", ["grad", "jacrev", "jacfwd", "hessian", "vmap", "jvp", "dual"])
-@every_dtype
-def test_transforms(name, cell, dtype):
-    """torch.func: nn.LSTM's own result where it has one; where it fails, ours may do more."""
-    ours, theirs = pair(2, 3, cell=cell, dtype=dtype)
-    x = leaf(2, 2, dtype=dtype, grad=False) if cell else leaf(3, 2, 2, dtype=dtype, grad=False)
-
-    def run(module):
-        def f(x):
-            return flatten(module(x))[0].square().sum()
-
-        if name == "vmap":
-            return torch.func.vmap(lambda x: flatten(module(x))[0])(torch.stack((x, 2 * x)))
-        if name == "dual":
-            with torch.autograd.forward_ad.dual_level():
-                dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
-                return tuple(torch.autograd.forward_ad.unpack_dual(f(dual)))
-        if name == "jvp":
-            return torch.func.jvp(f, (x,), (torch.ones_like(x),))
-        return getattr(torch.func, name)(f)(x)
-
-    expected, _ = outcome(lambda: run(theirs))
-    actual, _ = outcome(lambda: run(ours))
-    if isinstance(expected, tuple) and isinstance(expected[0], type):
-        if isinstance(actual, tuple) and isinstance(actual[0], type):
-            assert actual == expected
-        else:
-            assert name == "vmap"
-            assert_close(actual[1], flatten(ours(2 * x))[0])
-    else:
-        assert_close(actual, expected, scale=4)
-
-
-@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
-def test_func_grad_over_weights(cell):
-    ours, theirs = pair(D, H, cell=cell)
-    x = leaf(N, D, grad=False) if cell else leaf(T, N, D, grad=False)
-
-    def run(module):
-        weights = {name: p.detach() for name, p in module.named_parameters()}
-
-        def loss(weights):
-            return flatten(torch.func.functional_call(module, weights, (x,)))[0].square().sum()
-
-        return list(torch.func.grad(loss)(weights).values())
-
-    assert_close(run(ours), run(theirs))
-
-
+# Dynamo hides this warning of its own, but not from a filter that makes it an error.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
 def test_compile(backend, cell):
@@ -1246,7 +1197,7 @@ def test_export():
     assert_close(torch.export.export(ours, (x,)).module()(x), theirs(x))
 
 
-def test_tensor_subclasses_take_torchs_own_path():
+def test_tensor_subclasses():
     """The result is of the subclass again."""
     ours, theirs = pair(D, H)
     x = leaf(T, N, D, grad=False).as_subclass(Marked)

@@ -6,13 +6,31 @@ small step does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from . import _torch
+from . import _composite, _torch
+
+_Shape = tuple[int, ...]
+
+
+def _plain(*tensors: Tensor | None) -> list[Any]:
+    """Return tensors contiguous and of no subclass."""
+    return [None if t is None else t.as_subclass(Tensor).contiguous() for t in tensors]
+
+
+def _refuse_forward_ad() -> None:
+    """Raise where an operator of torch.library would lose the tangents of its inputs."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            "fastlstm::layer: expected no forward-mode AD, got a level of it; "
+            "fastlstm.nn.LSTM itself supports it, an exported or traced graph does not"
+        )
 
 
 @torch.library.custom_op("fastlstm::layer", mutates_args=())
@@ -25,9 +43,11 @@ def layer(
     keep: bool,
 ) -> list[Tensor]:
     """Run `_torch.run_forward`: y, h_n, c_n and, with `keep`, what backward needs."""
-    packed = [weight.contiguous() for weight in weights]
-    h0, c0 = (None if state is None else state.contiguous() for state in (h0, c0))
-    y, h_n, c_n, kept = _torch.run_forward(_torch.rows(x), h0, c0, packed, directions, [], keep)
+    _refuse_forward_ad()
+    x = _torch.rows(x.as_subclass(Tensor))
+    h0, c0 = _plain(h0, c0)
+    packed = _plain(*weights)
+    y, h_n, c_n, kept = _torch.run_forward(x, h0, c0, packed, directions, [], keep)
     return [y, h_n, c_n, *(tensor for tensor in kept if tensor is not None)]
 
 
@@ -40,6 +60,7 @@ def _(
     directions: int,
     keep: bool,
 ) -> list[Tensor]:
+    _refuse_forward_ad()
     y, h_n, c_n, kept = _torch.new_results(x, list(weights), directions, [], keep)
     return [y, h_n, c_n, *(tensor for tensor in kept if tensor is not None)]
 
@@ -59,14 +80,13 @@ def layer_backward(
     needed: Sequence[bool],
 ) -> list[Tensor]:
     """Return the gradients of x, h0, c0 and the weights that are `needed`."""
-    packed = [weight.contiguous() for weight in weights]
-    states = [None if state is None else state.contiguous() for state in (h0, c0)]
-    gates, cells, *raw = kept
+    x, y = (_torch.rows(tensor.as_subclass(Tensor)) for tensor in (x, y))
+    gates, cells, raw = _plain(*kept, *[None] * (3 - len(kept)))
     found = _torch.run_backward(
         (directions, []),
-        [_torch.rows(x), *states, *packed],
+        [x, *_plain(h0, c0, *weights)],
         y,
-        (gates, cells, raw[0] if raw else None),
+        (gates, cells, raw),
         (grad_y, grad_h, grad_c),
         tuple(needed),
     )
@@ -112,6 +132,12 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     if isinstance(needs_weights, bool):
         needs_weights = [needs_weights] * len(weights)
     needed = [needs_x, needs_h0, needs_c0, *needs_weights]
+    if _torch.observed():
+        inputs = [x, h0, c0, *weights]
+        dx, dh0, dc0, *dweights = _composite.backward((directions, ()), inputs, grads[:3], needed)
+        return dx, dh0, dc0, dweights, None, None
+    if not kept:
+        y, _, _, *kept = torch.ops.fastlstm.layer(x, h0, c0, weights, directions, True)
     found = iter(
         torch.ops.fastlstm.layer_backward(
             *grads[:3], x, h0, c0, weights, y, kept, directions, needed
@@ -135,3 +161,34 @@ def layer_of_graph(
     keep = _torch.wants_grad(x, h0, c0, weights)
     y, h_n, c_n, *_ = torch.ops.fastlstm.layer(x, h0, c0, weights, directions, keep)
     return y, h_n, c_n
+
+
+@register_flop_formula(torch.ops.fastlstm.layer)
+def _(x: _Shape, h0: Any, c0: Any, weights: list[_Shape], *args: Any, **kwargs: Any) -> int:
+    """Count the products with each matrix."""
+    return 2 * x[0] * x[1] * sum(math.prod(shape) for shape in weights if len(shape) == 2)
+
+
+@register_flop_formula(torch.ops.fastlstm.layer_backward)
+def _(
+    grad_y: Any,
+    grad_h: Any,
+    grad_c: Any,
+    x: _Shape,
+    h0: Any,
+    c0: Any,
+    weights: list[_Shape],
+    y: Any,
+    kept: Any,
+    directions: int,
+    needed: Sequence[bool],
+    **kwargs: Any,
+) -> int:
+    """Count the products that go back through each matrix, and those that are its gradient."""
+    count = len(weights) // directions
+    products = 0
+    for k, shape in enumerate(weights):
+        back = needed[0] if k % count == 0 else True
+        if len(shape) == 2:
+            products += (back + needed[3 + k]) * math.prod(shape)
+    return 2 * x[0] * x[1] * products

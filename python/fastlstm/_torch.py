@@ -5,7 +5,7 @@ Every tensor that comes here is one of `_core.fits`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import _core
+from . import _composite, _core
 
 # torch gives its memory away through DLPack's C table (since 2.10) or attribute by attribute.
 _core.use_torch(Tensor, Parameter, getattr(Tensor, "__dlpack_c_exchange_api__", None))
@@ -75,6 +75,29 @@ def new_results(
     return y, h_n, c_n, (gates, cells, raw)
 
 
+def observed() -> bool:
+    """Return whether gradients may themselves be differentiated, or belong to a transform."""
+    return (
+        torch.is_grad_enabled()  # create_graph=True
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def on_kernels(run: Callable[[], Grads], grads: tuple[Tensor | None, ...]) -> Grads | None:
+    """Return gradients that the kernels compute, or None where they cannot."""
+    if observed():
+        return None
+    try:
+        return run()
+    except (TypeError, RuntimeError):
+        # is_grads_batched=True gives tensors without memory.
+        batched = torch._C._functorch.is_legacy_batchedtensor
+        if any(batched(grad) for grad in grads if grad is not None):
+            return None
+        raise
+
+
 class Layer(torch.autograd.Function):
     """One layer, in one or both directions, as a node of the autograd graph."""
 
@@ -100,12 +123,8 @@ class Layer(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Grads:
         y, gates, cells, raw, *inputs = ctx.saved_tensors
         needed = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():  # create_graph=True
-            layer = partial(torch_layer, *ctx.layer)
-            found = differentiable_gradients(layer, inputs, grads, needed)
-        else:
-            kept = gates, cells, raw
-            found = run_backward(ctx.layer, inputs, y, kept, grads, needed)
+        kernels = partial(run_backward, ctx.layer, inputs, y, (gates, cells, raw), grads, needed)
+        found = on_kernels(kernels, grads) or _composite.backward(ctx.layer, inputs, grads, needed)
         return None, None, *found
 
 
@@ -154,49 +173,6 @@ def memory_for(weights: list[Tensor], needed: list[bool]) -> list[Tensor | None]
     return [torch.empty_like(w) if need else None for w, need in zip(weights, needed, strict=True)]
 
 
-def differentiable_gradients(
-    function: Any,
-    inputs: list[Any],
-    grads: tuple[Tensor | None, ...],
-    needed: tuple[bool, ...],
-) -> Grads:
-    """Compute the same gradients through torch's own LSTM, whose backward has a backward."""
-    # Inputs may be one tensor, or depend on one another: a view each keeps the paths through the
-    # others out of these gradients.
-    inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
-    outputs = function(*inputs)
-    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
-    wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
-    found = iter(
-        torch.autograd.grad(
-            [o for o, _ in pairs],
-            wanted,
-            [g for _, g in pairs],
-            create_graph=True,
-            allow_unused=True,
-        )
-    )
-    return tuple(next(found) if need else None for need in needed)
-
-
-def torch_layer(
-    directions: int, batch_sizes: Sequence[int], x: Tensor, h0: Any, c0: Any, *weights: Tensor
-) -> tuple[Tensor, ...]:
-    biases = len(weights) >= 4 * directions
-    N = batch_sizes[0] if batch_sizes else x.shape[1]
-    if h0 is None or c0 is None:
-        h0 = x.new_zeros((directions, N, weights[1].shape[1]))
-        c0 = x.new_zeros((directions, N, weights[0].shape[0] // 4))
-    state = (h0, c0)
-    rest = (weights, biases, 1, 0.0, False, directions == 2)
-    y, h, c = (
-        torch._VF.lstm(x, torch.tensor(batch_sizes), state, *rest)
-        if batch_sizes
-        else torch._VF.lstm(x, state, *rest, False)
-    )
-    return y, h, c
-
-
 def wants_grad(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, h0, c0, *weights)
@@ -234,36 +210,46 @@ class Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Grads:
         gates, cells, *inputs = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True
-            return differentiable_gradients(torch_step, inputs, grads, ctx.needs_input_grad)
-        x, h0, c0, *weights = inputs
-        grad_h, grad_c = map(gradient, grads)
-        needs_x, needs_h0, needs_c0, *needs_weights = ctx.needs_input_grad
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
-        dh0 = torch.empty_like(cells) if needs_h0 else None
-        dc0 = torch.empty_like(cells)
-        dweights = memory_for(weights, needs_weights)
-        _core.backward(
-            x,
-            h0,
-            c0,
-            weights,
-            None,
-            gates,
-            cells,
-            None,
-            None,
-            None if grad_h is None else grad_h.contiguous(),
-            None if grad_c is None else grad_c.contiguous(),
-            dx,
-            dweights,
-            dh0,
-            dc0,
-            (),
-            False,
-            torch.get_num_threads(),
-        )
-        return (dx, dh0, dc0 if needs_c0 else None, *dweights)
+        needed = ctx.needs_input_grad
+        kernels = partial(run_step_backward, inputs, gates, cells, grads, needed)
+        return on_kernels(kernels, grads) or _composite.step_backward(inputs, grads, needed)
+
+
+def run_step_backward(
+    inputs: list[Any],
+    gates: Tensor,
+    cells: Tensor,
+    grads: tuple[Tensor | None, ...],
+    needed: tuple[bool, ...],
+) -> Grads:
+    x, h0, c0, *weights = inputs
+    grad_h, grad_c = map(gradient, grads)
+    needs_x, needs_h0, needs_c0, *needs_weights = needed
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
+    dh0 = torch.empty_like(cells) if needs_h0 else None
+    dc0 = torch.empty_like(cells)
+    dweights = memory_for(weights, needs_weights)
+    _core.backward(
+        x,
+        h0,
+        c0,
+        weights,
+        None,
+        gates,
+        cells,
+        None,
+        None,
+        None if grad_h is None else grad_h.contiguous(),
+        None if grad_c is None else grad_c.contiguous(),
+        dx,
+        dweights,
+        dh0,
+        dc0,
+        (),
+        False,
+        torch.get_num_threads(),
+    )
+    return (dx, dh0, dc0 if needs_c0 else None, *dweights)
 
 
 def run_step(
@@ -277,10 +263,3 @@ def run_step(
         x, h0, c0, weights, h, None, c, gates, cells, None, (), False, torch.get_num_threads()
     )
     return h, c, gates, cells
-
-
-def torch_step(x: Tensor, h0: Any, c0: Any, *weights: Tensor) -> tuple[Tensor, ...]:
-    zeros = x.new_zeros((x.shape[0], weights[1].shape[1]))
-    state = (zeros if h0 is None else h0, zeros if c0 is None else c0)
-    h, c = torch._VF.lstm_cell(x, state, *weights)
-    return h, c

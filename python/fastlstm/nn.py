@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _core, _ops
+from . import _core, _transforms
 from ._torch import Step, run_layer, run_step, wants_grad
 
 __all__ = ["LSTM", "LSTMCell", "convert", "revert"]
@@ -69,9 +69,11 @@ def _packed(
     return packed(input), hx, [packed(weight) for weight in weights]
 
 
-def _batch_sizes(packed: PackedSequence) -> list[int]:
+def _batch_sizes(packed: PackedSequence, observed: bool) -> list[int]:
     """Return the batch sizes of a PackedSequence, which anyone can make by hand, checked."""
-    sizes: list[int] = packed.batch_sizes.tolist()
+    tensor = packed.batch_sizes
+    # What torch.func wraps can be read one by one only.
+    sizes: list[int] = [int(n) for n in tensor] if observed else tensor.tolist()
     right = all(a >= b for a, b in zip(sizes, [*sizes[1:], 1], strict=True))
     if not sizes or not right or sum(sizes) != packed.data.shape[0]:
         raise RuntimeError(
@@ -86,8 +88,10 @@ class LSTM(torch.nn.LSTM):
 
     float32 and float64 CPU tensors run on the kernels, forward and backward, packed sequences and
     `proj_size` included; so do bfloat16, float16 and autocast, with arithmetic in float32.
-    `torch.compile` and `torch.export` see one operator for each layer. Everything else (other
-    devices, functorch transforms, jit tracing, double backward) runs as in `torch.nn.LSTM`.
+    `torch.compile`, `torch.export` and dispatch modes see one operator for each layer. `torch.func`
+    and autograd of any order work, on the kernels for `grad`, `vjp`, `jacrev` and `vmap`; forward
+    mode and derivatives of derivatives are composed of operators of torch. Other devices and jit
+    tracing run as in `torch.nn.LSTM`.
     """
 
     def forward(self, input: Any, hx: Any = None) -> Any:
@@ -98,31 +102,36 @@ class LSTM(torch.nn.LSTM):
             weights: list[Any] = [own[n] for n in self._flat_weights_names]
         except KeyError:
             weights = self._computed_weights()
-        if _observed():
+        observed = _observed()
+        if observed:
             if torch.compiler.is_compiling() and self._compiles(input, hx, weights):
-                return self._run(input, hx, weights, _ops.layer_of_graph)
-            return super().forward(input, hx)
+                return self._run(input, hx, weights, _transforms.run_layer)
+            if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+                return super().forward(input, hx)
+        run: Any = run_layer
         ragged = isinstance(input, PackedSequence)
         x: Any = input.data if ragged else input
-        batch_sizes = _batch_sizes(input) if ragged else []
+        batch_sizes = _batch_sizes(input, observed) if ragged else []
         N = batch_sizes[0] if ragged else 0
         layout = (self.num_layers, 2 if self.bidirectional else 1, self.batch_first, 3, N)
         sizes = (self.input_size, self.hidden_size, self.proj_size, *layout)
         half = None
         autocast = torch.is_autocast_enabled("cpu")
-        if autocast or not _core.fits(x, hx, weights, *sizes):
+        if observed or autocast or not _core.fits(x, hx, weights, *sizes):
             half = _half_dtype(x, hx, weights)
             packed = _packed(x, hx, weights, half)
-            if (autocast and half is None) or not _core.fits(*packed, *sizes):
-                return self._as_torch(input, hx, weights)
+            if observed or not _core.fits(*packed, *sizes):
+                if not self._serves(*packed, input.batch_sizes if ragged else None):
+                    return self._as_torch(input, hx, weights)
+                run = _transforms.run_layer
             x, hx, weights = packed
 
         if not ragged:
-            y, (h, c) = self._run(x, hx, weights, run_layer)
+            y, (h, c) = self._run(x, hx, weights, run)
         else:
             if hx is not None:
                 hx = self.permute_hidden(hx, input.sorted_indices)
-            layer = partial(run_layer, batch_sizes=batch_sizes)
+            layer = partial(run, batch_sizes=batch_sizes)
             data, h, c = self._layers(x, hx, weights, layer)
             y = PackedSequence(
                 data, input.batch_sizes, input.sorted_indices, input.unsorted_indices
@@ -179,27 +188,49 @@ class LSTM(torch.nn.LSTM):
 
     def _compiles(self, input: Any, hx: Any, weights: list[Any]) -> bool:
         """Return whether a compiler gets our operator for this call; nn.LSTM's checks raise."""
-        if isinstance(input, PackedSequence) or any(w is None for w in weights):
+        if isinstance(input, PackedSequence) or torch.is_autocast_enabled("cpu"):
             return False
-        if hx is not None and not isinstance(hx, (tuple, list)):
+        return self._serves(input, hx, weights, None)
+
+    def _serves(self, x: Any, hx: Any, weights: list[Any], batch_sizes: Tensor | None) -> bool:
+        """Return whether all are CPU tensors of one dtype, float32 or float64, and nothing missing.
+
+        False leaves the call, and its error, to nn.LSTM. Errors of shape are raised here, with the
+        text of nn.LSTM: it would not see all of them, or not under every transform.
+        """
+        if hx is not None and not (isinstance(hx, (tuple, list)) and len(hx) == 2):
             return False
-        tensors = [input, *(hx or ()), *weights]
-        dtype = input.dtype
-        if dtype not in (torch.float32, torch.float64) or input.dim() not in (2, 3):
-            return False
-        if torch.is_autocast_enabled("cpu") or any(
-            not isinstance(t, Tensor) or t.dtype != dtype or t.device.type != "cpu" for t in tensors
-        ):
+        states = list(hx or ())
+        tensors = [x, *states, *weights]
+        if not all(isinstance(t, Tensor) and t.layout is torch.strided for t in tensors):
             return False
         self._check_weight_shapes(weights)
-        x = input if input.dim() == 3 else input.unsqueeze(0 if self.batch_first else 1)
-        if hx is None:
-            self.check_input(x, None)
-        else:
-            if len(hx) != 2 or any(state.dim() != input.dim() for state in hx):
+        if batch_sizes is not None and (x.dim() != 2 or x.dtype != weights[0].dtype):
+            self.check_input(x, batch_sizes)  # nn.LSTM does so where nothing is packed
+        if x.dtype != weights[0].dtype:
+            return False
+        if batch_sizes is None:
+            if x.dim() not in (2, 3) or any(state.dim() != x.dim() for state in states):
                 return False
-            states = hx if input.dim() == 3 else [state.unsqueeze(1) for state in hx]
-            self.check_forward_args(x, (states[0], states[1]), None)
+            if x.dim() == 2:
+                x = x.unsqueeze(0 if self.batch_first else 1)
+                states = [state.unsqueeze(1) for state in states]
+        if x.shape[-1] != self.input_size:
+            raise RuntimeError(
+                "input.size(-1) must be equal to input_size. "
+                f"Expected {self.input_size}, got {x.shape[-1]}"
+            )
+        if states:
+            sizes = self.get_expected_hidden_size, self.get_expected_cell_size
+            for k in range(2):
+                text = f"Expected hidden[{k}] size {{}}, got {{}}"
+                self.check_hidden_size(states[k], sizes[k](x, batch_sizes), text)
+        if x.dtype not in (torch.float32, torch.float64) or any(
+            t.dtype != x.dtype or t.device.type != "cpu" for t in tensors
+        ):
+            return False
+        if batch_sizes is None and x.shape[1 if self.batch_first else 0] == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         return True
 
     def _as_torch(self, input: Any, hx: Any, weights: list[Any]) -> Any:
@@ -250,7 +281,10 @@ class LSTMCell(torch.nn.LSTMCell):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Run one step on `input`: shapes, results and errors of `torch.nn.LSTMCell`."""
-        if _observed():
+        observed = _observed()
+        if observed and (
+            torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        ):
             return super().forward(input, hx)
         own = self._parameters
         weights: list[Any] = [
@@ -259,11 +293,13 @@ class LSTMCell(torch.nn.LSTMCell):
         ]
         sizes = (self.input_size, self.hidden_size, 0, 1, 1, False, 2, 0)
         half = None
+        readable = True
         autocast = torch.is_autocast_enabled("cpu")
-        if autocast or not _core.fits(input, hx, weights, *sizes):
+        if observed or autocast or not _core.fits(input, hx, weights, *sizes):
             half = _half_dtype(input, hx, weights)
             packed = _packed(input, hx, weights, half)
-            if (autocast and half is None) or not _core.fits(*packed, *sizes):
+            readable = not observed and _core.fits(*packed, *sizes)
+            if not readable and not self._serves(*packed):
                 return super().forward(input, hx)
             input, hx, weights = packed
         h0, c0 = hx or (None, None)
@@ -271,13 +307,49 @@ class LSTMCell(torch.nn.LSTMCell):
         if not batched:
             input = input.unsqueeze(0)
             h0, c0 = (None if state is None else state.unsqueeze(0) for state in (h0, c0))
-        if wants_grad(input, h0, c0, weights):
+        if not readable:
+            h, c = _transforms.run_step(input, h0, c0, weights)
+        elif wants_grad(input, h0, c0, weights):
             h, c = Step.apply(input, h0, c0, *weights)  # type: ignore[no-untyped-call]
         else:
             h, c, *_ = run_step(input, h0, c0, weights, keep=False)
         if not batched:
             h, c = h.squeeze(0), c.squeeze(0)
         return (h, c) if half is None else (h.to(half), c.to(half))
+
+    def _serves(self, x: Any, hx: Any, weights: list[Any]) -> bool:
+        """Return whether this is a right call on CPU tensors of one dtype, float32 or float64.
+
+        False leaves the call, and its error, to nn.LSTMCell; what it would not see under vmap is
+        raised here, with its text.
+        """
+        D, H = self.input_size, self.hidden_size
+        if hx is not None and not (isinstance(hx, (tuple, list)) and len(hx) == 2):
+            return False
+        states = tuple(hx or ())
+        tensors = (x, *states, *weights)
+        if not all(isinstance(t, Tensor) and t.layout is torch.strided for t in tensors):
+            return False
+        if x.dim() not in (1, 2) or any(state.dim() != x.dim() for state in states):
+            return False
+        if x.shape[-1] != D:
+            raise RuntimeError(f"input has inconsistent input_size: got {x.shape[-1]} expected {D}")
+        for k, state in enumerate(states):
+            if state.shape[:-1] != x.shape[:-1]:
+                raise RuntimeError(
+                    f"Input batch size {x.shape[0]} doesn't match hidden{k} "
+                    f"batch size {state.shape[0]}"
+                )
+            if state.shape[-1] != H:
+                raise RuntimeError(
+                    f"hidden{k} has inconsistent hidden_size: got {state.shape[-1]}, expected {H}"
+                )
+        shapes = [(4 * H, D), (4 * H, H), (4 * H,), (4 * H,)]
+        return (
+            x.dtype in (torch.float32, torch.float64)
+            and all((t.dtype, t.device.type) == (x.dtype, "cpu") for t in tensors)
+            and all(w.shape == shape for w, shape in zip(weights, shapes, strict=False))
+        )
 
 
 _OURS = {torch.nn.LSTM: LSTM, torch.nn.LSTMCell: LSTMCell}
