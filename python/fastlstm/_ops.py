@@ -14,6 +14,117 @@ from torch import Tensor
 
 from . import _torch
 
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
+
+
+def weight_shapes(
+    D: int, H: int, P: int, layers: int, directions: int, bias: bool
+) -> list[tuple[int, ...]]:
+    """Return the shapes of all weights, in the order of `nn.LSTM._flat_weights`; P is proj_size."""
+    shapes: list[tuple[int, ...]] = []
+    for k in range(layers):
+        inputs = directions * (P or H) if k else D
+        biases = [(4 * H,), (4 * H,)] if bias else []
+        projection = [(P, H)] if P else []
+        shapes += [(4 * H, inputs), (4 * H, P or H), *biases, *projection] * directions
+    return shapes
+
+
+def fits(
+    x: Any,
+    hx: Any,
+    weights: list[Any],
+    D: int,
+    H: int,
+    P: int,
+    layers: int,
+    directions: int,
+    batch_first: bool,
+    dims: int,
+    N: Any,
+) -> bool:
+    """Say what `_core.fits` says, for a tracer: of any strides, and of any T and N.
+
+    N, which may be symbolic, is None where x is not ragged.
+    """
+    ragged = N is not None
+    if not isinstance(x, Tensor) or x.dim() not in ((2,) if ragged else (dims, dims - 1)):
+        return False
+    batched = ragged or x.dim() == dims
+    if batched and not ragged:
+        N = x.shape[0 if dims == 2 or batch_first else 1]
+    bias = len(weights) // (layers * directions) >= 4
+    x_shape = (*x.shape[:-1], D)
+    shapes = [x_shape, *weight_shapes(D, H, P, layers, directions, bias)]
+    tensors = [x, *weights]
+    if hx is not None:
+        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+            return False
+        lead = ((layers * directions,) if dims == 3 else ()) + ((N,) if batched else ())
+        shapes += [(*lead, P or H), (*lead, H)]
+        tensors += hx
+    return (
+        min(D, H) > 0
+        and x.dtype in (torch.float32, torch.float64)
+        and len(tensors) == len(shapes)
+        and all(
+            isinstance(tensor, Tensor)
+            and tensor.dtype == x.dtype
+            and tensor.device.type == "cpu"
+            and tensor.layout == torch.strided
+            and tensor.shape == shape
+            for tensor, shape in zip(tensors, shapes, strict=True)
+        )
+    )
+
+
+def check_batch_sizes(sizes: list[int], rows: int) -> None:
+    """Raise where the batch sizes of a PackedSequence, which anyone can make, are wrong."""
+    right = all(a >= b for a, b in zip(sizes, [*sizes[1:], 1], strict=True))
+    if not sizes or not right or sum(sizes) != rows:
+        raise RuntimeError(
+            "input.batch_sizes: expected positive numbers that do not grow and add up to the rows "
+            f"of input.data, {rows}, got {sizes}"
+        )
+
+
+def _checked(
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    directions: int,
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor], list[int]]:
+    """Return the inputs as the kernels read them; raise where they would read out of bounds."""
+    sizes: list[int] = []
+    if batch_sizes is not None:
+        sizes = batch_sizes.tolist()
+        check_batch_sizes(sizes, x.shape[0])
+    elif x.dim() == 3 and x.shape[0] == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")  # as nn.LSTM
+    count = len(weights) // directions if directions in (1, 2) else 0
+    right = x.dim() == (2 if sizes else 3) and 2 <= count <= 5
+    right = right and weights[0].dim() == weights[1].dim() == 2
+    if right:
+        hx = None if h0 is None and c0 is None and not sizes else (h0, c0)
+        H, P = weights[0].shape[0] // 4, weights[1].shape[1] if count % 2 else 0
+        N = sizes[0] if sizes else None
+        right = fits(x, hx, list(weights), x.shape[-1], H, P, 1, directions, False, 3, N)
+    if not right:
+        given = {"x": x, "h0": h0, "c0": c0, **{f"weights[{k}]": w for k, w in enumerate(weights)}}
+        got = (
+            f"{name} " + ("None" if t is None else f"{tuple(t.shape)} {t.dtype} {t.device}")
+            for name, t in given.items()
+        )
+        raise RuntimeError(
+            "fastlstm::layer: expected CPU tensors of one dtype, torch.float32 or torch.float64: "
+            "x (T, N, D), h0 (directions, N, P), c0 (directions, N, H) and for each direction "
+            f"weights (4H, D), (4H, P), ...; got directions {directions}, {', '.join(got)}"
+        )
+    h0, c0 = (None if state is None else state.contiguous() for state in (h0, c0))
+    return _torch.rows(x), h0, c0, [weight.contiguous() for weight in weights], sizes
+
 
 @torch.library.custom_op("fastlstm::layer", mutates_args=())
 def layer(
@@ -23,11 +134,14 @@ def layer(
     weights: Sequence[Tensor],
     directions: int,
     keep: bool,
+    batch_sizes: Tensor | None,
 ) -> list[Tensor]:
-    """Run `_torch.run_forward`: y, h_n, c_n and, with `keep`, what backward needs."""
-    packed = [weight.contiguous() for weight in weights]
-    h0, c0 = (None if state is None else state.contiguous() for state in (h0, c0))
-    y, h_n, c_n, kept = _torch.run_forward(_torch.rows(x), h0, c0, packed, directions, [], keep)
+    """Run `_torch.run_forward`: y, h_n, c_n and, with `keep`, what backward needs.
+
+    With `batch_sizes` (T,), x (rows, D) is ragged, and h0 and c0 must be given.
+    """
+    x, h0, c0, packed, sizes = _checked(x, h0, c0, weights, directions, batch_sizes)
+    y, h_n, c_n, kept = _torch.run_forward(x, h0, c0, packed, directions, sizes, keep)
     return [y, h_n, c_n, *(tensor for tensor in kept if tensor is not None)]
 
 
@@ -39,8 +153,10 @@ def _(
     weights: Sequence[Tensor],
     directions: int,
     keep: bool,
+    batch_sizes: Tensor | None,
 ) -> list[Tensor]:
-    y, h_n, c_n, kept = _torch.new_results(x, list(weights), directions, [], keep)
+    N = [] if batch_sizes is None or h0 is None else [h0.shape[1]]
+    y, h_n, c_n, kept = _torch.new_results(x, list(weights), directions, N, keep)
     return [y, h_n, c_n, *(tensor for tensor in kept if tensor is not None)]
 
 
@@ -57,16 +173,29 @@ def layer_backward(
     kept: Sequence[Tensor],
     directions: int,
     needed: Sequence[bool],
+    batch_sizes: Tensor | None,
 ) -> list[Tensor]:
     """Return the gradients of x, h0, c0 and the weights that are `needed`."""
-    packed = [weight.contiguous() for weight in weights]
-    states = [None if state is None else state.contiguous() for state in (h0, c0)]
-    gates, cells, *raw = kept
+    x, h0, c0, packed, sizes = _checked(x, h0, c0, weights, directions, batch_sizes)
+    meta = torch.empty_like(x, device="meta")
+    *results, saved = _torch.new_results(meta, packed, directions, sizes, keep=True)
+    expected = [*results, results[0], *(tensor for tensor in saved if tensor is not None)]
+    given = [grad_y, grad_h, grad_c, y, *kept]
+    if len(given) != len(expected) or any(
+        tensor is not None and (tensor.shape, tensor.dtype) != (like.shape, like.dtype)
+        for tensor, like in zip(given, expected, strict=True)
+    ):
+        raise RuntimeError(
+            "fastlstm::layer_backward: expected grad_y, grad_h, grad_c, y and what was kept "
+            f"of shapes {[tuple(t.shape) for t in expected]} and {x.dtype}, "
+            f"got {[t if t is None else (tuple(t.shape), t.dtype) for t in given]}"
+        )
+    gates, cells, raw = (*(tensor.contiguous() for tensor in kept), None)[:3]
     found = _torch.run_backward(
-        (directions, []),
-        [_torch.rows(x), *states, *packed],
-        y,
-        (gates, cells, raw[0] if raw else None),
+        (directions, sizes),
+        [x, h0, c0, *packed],
+        y.contiguous(),
+        (gates, cells, raw),
         (grad_y, grad_h, grad_c),
         tuple(needed),
     )
@@ -86,6 +215,7 @@ def _(
     kept: Sequence[Tensor],
     directions: int,
     needed: Sequence[bool],
+    batch_sizes: Tensor | None,
 ) -> list[Tensor]:
     inputs = [x, h0, c0, *weights]
     return [
@@ -96,29 +226,31 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, h0, c0, weights, directions, _ = inputs
+    x, h0, c0, weights, directions, _, batch_sizes = inputs
     y, _, _, *kept = output
     ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
     ctx.layer = directions, len(kept)
-    ctx.save_for_backward(y, *kept, x, h0, c0, *weights)
+    ctx.save_for_backward(y, *kept, batch_sizes, x, h0, c0, *weights)
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     directions, count = ctx.layer
     y, *rest = ctx.saved_tensors
-    kept, (x, h0, c0, *weights) = rest[:count], rest[count:]
+    kept, (batch_sizes, x, h0, c0, *weights) = rest[:count], rest[count:]
     needs_x, needs_h0, needs_c0, needs_weights, *_ = ctx.needs_input_grad
     if isinstance(needs_weights, bool):
         needs_weights = [needs_weights] * len(weights)
     needed = [needs_x, needs_h0, needs_c0, *needs_weights]
+    if not kept:
+        y, _, _, *kept = torch.ops.fastlstm.layer(x, h0, c0, weights, directions, True, batch_sizes)
     found = iter(
         torch.ops.fastlstm.layer_backward(
-            *grads[:3], x, h0, c0, weights, y, kept, directions, needed
+            *grads[:3], x, h0, c0, weights, y, kept, directions, needed, batch_sizes
         )
     )
     dx, dh0, dc0, *dweights = (next(found) if need else None for need in needed)
-    return dx, dh0, dc0, dweights, None, None
+    return dx, dh0, dc0, dweights, None, None, None
 
 
 layer.register_autograd(_backward, setup_context=_setup_context)
@@ -130,8 +262,13 @@ def layer_of_graph(
     h0: Tensor | None,
     c0: Tensor | None,
     weights: list[Tensor],
+    batch_sizes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a layer as an operator: y, h_n, c_n."""
     keep = _torch.wants_grad(x, h0, c0, weights)
-    y, h_n, c_n, *_ = torch.ops.fastlstm.layer(x, h0, c0, weights, directions, keep)
+    if _is_exporting():
+        # What is exported is mostly for inference, and backward can do without. Dynamo once said
+        # of every graph that it is exported.
+        keep = keep and torch.compiler.is_dynamo_compiling()
+    y, h_n, c_n, *_ = torch.ops.fastlstm.layer(x, h0, c0, weights, directions, keep, batch_sizes)
     return y, h_n, c_n

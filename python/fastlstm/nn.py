@@ -23,10 +23,9 @@ _Module = TypeVar("_Module", bound=torch.nn.Module)
 
 
 def _observed() -> bool:
-    """Return whether a tracer, a compiler or a transform must see operators of torch."""
+    """Return whether a tracer or a transform must see operators of torch."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
+        torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd.forward_ad._current_level >= 0
@@ -76,13 +75,17 @@ def _packed(
 def _batch_sizes(packed: PackedSequence) -> list[int]:
     """Return the batch sizes of a PackedSequence, which anyone can make by hand, checked."""
     sizes: list[int] = packed.batch_sizes.tolist()
-    right = all(a >= b for a, b in zip(sizes, [*sizes[1:], 1], strict=True))
-    if not sizes or not right or sum(sizes) != packed.data.shape[0]:
-        raise RuntimeError(
-            "input.batch_sizes: expected positive numbers that do not grow and add up to the rows "
-            f"of input.data, {packed.data.shape[0]}, got {sizes}"
-        )
+    _ops.check_batch_sizes(sizes, packed.data.shape[0])
     return sizes
+
+
+def _traced_batch(packed: PackedSequence, hx: Any) -> Any:
+    """Return N of a PackedSequence from shapes; else from its numbers, where Dynamo stops."""
+    if packed.sorted_indices is not None:
+        return packed.sorted_indices.shape[0]
+    if isinstance(hx, (tuple, list)) and hx and isinstance(hx[0], Tensor) and hx[0].dim() == 3:
+        return hx[0].shape[1]
+    return packed.batch_sizes[0].item()
 
 
 class LSTM(torch.nn.LSTM):
@@ -101,9 +104,9 @@ class LSTM(torch.nn.LSTM):
         weights: list[Any] = [
             own[n] if n in own else getattr(self, n, None) for n in self._flat_weights_names
         ]
+        if torch.compiler.is_compiling():
+            return self._traced(input, hx, weights)
         if _observed():
-            if torch.compiler.is_compiling() and self._compiles(input, hx, weights):
-                return self._run(input, hx, weights, _ops.layer_of_graph)
             return super().forward(input, hx)
         ragged = isinstance(input, PackedSequence)
         x: Any = input.data if ragged else input
@@ -173,30 +176,38 @@ class LSTM(torch.nn.LSTM):
         h, c = (torch.cat(parts) for parts in zip(*states, strict=True))
         return x, h, c
 
-    def _compiles(self, input: Any, hx: Any, weights: list[Any]) -> bool:
-        """Return whether a compiler gets our operator for this call; nn.LSTM's checks raise."""
-        if isinstance(input, PackedSequence) or any(w is None for w in weights):
-            return False
-        if hx is not None and not isinstance(hx, (tuple, list)):
-            return False
-        tensors = [input, *(hx or ()), *weights]
-        dtype = input.dtype
-        if dtype not in (torch.float32, torch.float64) or input.dim() not in (2, 3):
-            return False
-        if torch.is_autocast_enabled("cpu") or any(
-            not isinstance(t, Tensor) or t.dtype != dtype or t.device.type != "cpu" for t in tensors
-        ):
-            return False
-        self._check_weight_shapes(weights)
-        x = input if input.dim() == 3 else input.unsqueeze(0 if self.batch_first else 1)
-        if hx is None:
-            self.check_input(x, None)
+    def _traced(self, input: Any, hx: Any, weights: list[Any]) -> Any:
+        """Run as operators, one for each layer."""
+        if torch._C._are_functorch_transforms_active():
+            torch._dynamo.graph_break()  # the operator knows no transforms
+            return super().forward(input, hx)
+        ragged = isinstance(input, PackedSequence)
+        x: Any = input.data if ragged else input
+        N = _traced_batch(input, hx) if ragged else None
+        layout = (self.num_layers, 2 if self.bidirectional else 1, self.batch_first, 3, N)
+        sizes = (self.input_size, self.hidden_size, self.proj_size, *layout)
+        half = _half_dtype(x, hx, weights)
+        given = x, hx, weights
+        x, state, weights = given if half is None else _packed(*given, half)
+        autocast = torch.is_autocast_enabled("cpu")
+        if (half is None and autocast) or not _ops.fits(x, state, weights, *sizes):
+            if half is None and not autocast:
+                self._check(input, hx, weights)
+            return super().forward(input, hx)
+
+        if not ragged:
+            y, (h, c) = self._run(x, state, weights, _ops.layer_of_graph)
+            return (y, (h, c)) if half is None else (y.to(half), (h.to(half), c.to(half)))
+        if state is None:  # the operator reads N off the state
+            H, P = self.hidden_size, self.proj_size or self.hidden_size
+            state = [x.new_zeros(layout[0] * layout[1], N, size) for size in (P, H)]
         else:
-            if len(hx) != 2 or any(state.dim() != input.dim() for state in hx):
-                return False
-            states = hx if input.dim() == 3 else [state.unsqueeze(1) for state in hx]
-            self.check_forward_args(x, (states[0], states[1]), None)
-        return True
+            state = self.permute_hidden(state, input.sorted_indices)
+        layer = partial(_ops.layer_of_graph, batch_sizes=input.batch_sizes)
+        results = self._layers(x, state, weights, layer)
+        y, h, c = results if half is None else [result.to(half) for result in results]
+        y = PackedSequence(y, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
+        return y, self.permute_hidden((h, c), input.unsorted_indices)
 
     def _check(self, input: Any, hx: Any, weights: list[Any]) -> None:
         """Raise where nn.LSTM would read out of bounds or report obscurely."""
@@ -211,20 +222,12 @@ class LSTM(torch.nn.LSTM):
             self.check_input(input.data, input.batch_sizes)
 
     def _check_weight_shapes(self, weights: list[Any]) -> None:
-        H, P = self.hidden_size, self.proj_size or self.hidden_size
         directions = 2 if self.bidirectional else 1
-        per_direction = len(self._all_weights[0])
-        gates = 4 * H
-        rest = ([(gates,), (gates,)] if self.bias else []) + ([(P, H)] if self.proj_size else [])
-        for k, (name, weight) in enumerate(zip(self._flat_weights_names, weights, strict=True)):
-            kind = k % per_direction
-            if kind == 0:
-                inputs = self.input_size if k < directions * per_direction else directions * P
-                expected: tuple[int, ...] = (gates, inputs)
-            else:
-                expected = (gates, P) if kind == 1 else rest[kind - 2]
-            if weight.shape != expected:
-                raise RuntimeError(f"{name}: expected shape {expected}, got {tuple(weight.shape)}")
+        sizes = (self.input_size, self.hidden_size, self.proj_size, self.num_layers, directions)
+        shapes = _ops.weight_shapes(*sizes, self.bias)
+        for name, weight, shape in zip(self._flat_weights_names, weights, shapes, strict=True):
+            if weight.shape != shape:
+                raise RuntimeError(f"{name}: expected shape {shape}, got {tuple(weight.shape)}")
 
 
 class LSTMCell(torch.nn.LSTMCell):
@@ -237,13 +240,15 @@ class LSTMCell(torch.nn.LSTMCell):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Run one step on `input`: shapes, results and errors of `torch.nn.LSTMCell`."""
-        if _observed():
-            return super().forward(input, hx)
         own = self._parameters
         weights: list[Any] = [
             own[n] if n in own else getattr(self, n, None)
             for n in (self._names if self.bias else self._names[:2])
         ]
+        if torch.compiler.is_compiling():
+            return self._traced(input, hx, weights)
+        if _observed():
+            return super().forward(input, hx)
         sizes = (self.input_size, self.hidden_size, 0, 1, 1, False, 2, 0)
         half = None
         autocast = torch.is_autocast_enabled("cpu")
@@ -264,6 +269,27 @@ class LSTMCell(torch.nn.LSTMCell):
             h, c, *_ = run_step(input, h0, c0, weights, keep=False)
         if not batched:
             h, c = h.squeeze(0), c.squeeze(0)
+        return (h, c) if half is None else (h.to(half), c.to(half))
+
+    def _traced(self, input: Any, hx: Any, weights: list[Any]) -> Any:
+        """Run as the operator of a layer at T = 1."""
+        if torch._C._are_functorch_transforms_active():
+            torch._dynamo.graph_break()  # the operator knows no transforms
+            return super().forward(input, hx)
+        half = _half_dtype(input, hx, weights)
+        given = input, hx, weights
+        x, state, weights = given if half is None else _packed(*given, half)
+        sizes = (self.input_size, self.hidden_size, 0, 1, 1, False, 2, None)
+        autocast = half is None and torch.is_autocast_enabled("cpu")
+        if autocast or not _ops.fits(x, state, weights, *sizes):
+            return super().forward(input, hx)
+        step = (0,) if x.dim() == 2 else (0, 0)
+        for _ in step:  # of time, and of a batch where there is none
+            x = x.unsqueeze(0)
+            state = None if state is None else [part.unsqueeze(0) for part in state]
+        h0, c0 = state or (None, None)
+        _, h, c = _ops.layer_of_graph(1, x, h0, c0, weights)
+        h, c = h[step], c[step]
         return (h, c) if half is None else (h.to(half), c.to(half))
 
 
