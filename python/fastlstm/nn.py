@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _core, _ops
+from . import _core, _dynamo, _ops
 from ._torch import Step, run_layer, run_step, wants_grad
 
 __all__ = ["LSTM", "LSTMCell", "convert", "revert"]
@@ -292,6 +292,8 @@ class LSTMCell(torch.nn.LSTMCell):
         h, c = h[step], c[step]
         return (h, c) if half is None else (h.to(half), c.to(half))
 
+
+_dynamo.trace(LSTM)
 
 _OURS = {torch.nn.LSTM: LSTM, torch.nn.LSTMCell: LSTMCell}
 
