@@ -267,6 +267,10 @@ def layer_of_graph(
     """Run a layer as an operator: y, h_n, c_n."""
     keep = _torch.wants_grad(x, h0, c0, weights)
     if _is_exporting():
+        from . import _onnx
+
+        if _onnx.exporting():
+            return _onnx.layer(directions, x, h0, c0, weights, batch_sizes)
         # What is exported is mostly for inference, and backward can do without. Dynamo once said
         # of every graph that it is exported.
         keep = keep and torch.compiler.is_dynamo_compiling()

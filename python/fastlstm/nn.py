@@ -93,8 +93,9 @@ class LSTM(torch.nn.LSTM):
 
     float32 and float64 CPU tensors run on the kernels, forward and backward, packed sequences and
     `proj_size` included; so do bfloat16, float16 and autocast, with arithmetic in float32.
-    `torch.compile` and `torch.export` see one operator for each layer. Everything else (other
-    devices, functorch transforms, jit tracing, double backward) runs as in `torch.nn.LSTM`.
+    `torch.compile` and `torch.export` see one operator for each layer, `torch.onnx.export` the
+    LSTM operator of ONNX. Everything else (other devices, functorch transforms, jit tracing,
+    double backward) runs as in `torch.nn.LSTM`.
     """
 
     def forward(self, input: Any, hx: Any = None) -> Any:
