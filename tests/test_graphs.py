@@ -360,7 +360,7 @@ def test_a_weight_of_a_wrong_shape():
 @looks_at_grad
 @pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
 def test_func_grad_inside(cell):
-    """The operators know no transforms, so the graph breaks there."""
+    """The operators know no transforms, so it is as with torch's own modules."""
     model, _ = pair(D, H, cell=cell)
     x = leaf(N, D) if cell else leaf(T, N, D)
     weights = {name: p.detach() for name, p in model.named_parameters()}

@@ -2,7 +2,7 @@
 
 Dynamo refuses every instance of `torch.nn.LSTM` before it looks at its forward, unless
 `torch._dynamo.config.allow_rnn` is set, which would change how the user's own modules compile. So
-it is set here alone, while Dynamo takes in a module of ours whose parameters the kernels can read.
+it is set here alone, while Dynamo takes in a module of ours whose calls become our operators.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
+import torch
 from torch.nn import Module
 
 _BUILDER = "torch._dynamo.variables.builder"
@@ -50,7 +51,7 @@ class _AfterImport(MetaPathFinder):
 
 
 def _wrap(builder: Any, cls: type[Module]) -> None:
-    """Set the option while the module `builder` takes in instances of `cls` on the CPU."""
+    """Set the option while the module `builder` takes in an instance of `cls` that is served."""
     try:
         owner, config = builder.VariableBuilder, builder.config
         wrap_module, patch = owner.wrap_module, config.patch
@@ -60,9 +61,13 @@ def _wrap(builder: Any, cls: type[Module]) -> None:
 
     @functools.wraps(wrap_module)
     def wrapped(self: Any, value: Any) -> Any:
-        if not isinstance(value, cls) or not all(p.is_cpu for p in value.parameters()):
-            return wrap_module(self, value)
-        with patch(allow_rnn=True):
-            return wrap_module(self, value)
+        if (
+            isinstance(value, cls)
+            and all(p.is_cpu for p in value.parameters())
+            and not torch._C._are_functorch_transforms_active()
+        ):
+            with patch(allow_rnn=True):
+                return wrap_module(self, value)
+        return wrap_module(self, value)
 
     owner.wrap_module = wrapped

@@ -179,8 +179,8 @@ class LSTM(torch.nn.LSTM):
 
     def _traced(self, input: Any, hx: Any, weights: list[Any]) -> Any:
         """Run as operators, one for each layer."""
-        if torch._C._are_functorch_transforms_active():
-            torch._dynamo.graph_break()  # the operator knows no transforms
+        if torch._C._are_functorch_transforms_active():  # the operator knows none
+            torch._dynamo.skip_frame()  # and Dynamo cannot trace nn.LSTM under one
             return super().forward(input, hx)
         ragged = isinstance(input, PackedSequence)
         x: Any = input.data if ragged else input
@@ -274,8 +274,7 @@ class LSTMCell(torch.nn.LSTMCell):
 
     def _traced(self, input: Any, hx: Any, weights: list[Any]) -> Any:
         """Run as the operator of a layer at T = 1."""
-        if torch._C._are_functorch_transforms_active():
-            torch._dynamo.graph_break()  # the operator knows no transforms
+        if torch._C._are_functorch_transforms_active():  # the operator knows none
             return super().forward(input, hx)
         half = _half_dtype(input, hx, weights)
         given = input, hx, weights
