@@ -38,7 +38,6 @@ from helpers_torch import (  # noqa: E402
     transposed,
 )
 from torch import nn  # noqa: E402
-from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 from torch.nn.utils import rnn  # noqa: E402
 
 # --- results and gradients -----------------------------------------------------------------------
@@ -1027,141 +1026,6 @@ def test_autocast_leaves_float64_alone():
     assert_same_outcome(lambda: run(ours), lambda: run(theirs))
 
 
-# Dynamo hides this warning of its own, but not from a filter that makes it an error.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
-def test_compile(backend, cell):
-    """A model around the module compiles, and gives the uncompiled results."""
-
-    class Around(nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-            self.head = nn.Linear(H, 2)
-
-        def forward(self, x):
-            h, _ = self.inner(x + 1)
-            return self.head(h)
-
-    torch.manual_seed(0)
-    ours, _ = pair(D, H, cell=cell)
-    model = Around(ours)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend=backend)
-    for steps in (T, T + 1, T + 2):
-        x = leaf(steps, D) if cell else leaf(steps, N, D)
-        expected, actual = backward(model, x), backward(compiled, x)
-        assert_close(actual, expected)
-        with torch.no_grad():
-            assert_close(compiled(x), model(x))
-    torch._dynamo.reset()
-
-
-class Between(nn.Module):
-    """Linear, LSTM, Linear."""
-
-    def __init__(self, inner):
-        super().__init__()
-        size = inner.proj_size or inner.hidden_size
-        self.first = nn.Linear(D, inner.input_size)
-        self.inner = inner
-        self.last = nn.Linear(size * (2 if inner.bidirectional else 1), 2)
-
-    def forward(self, x, hx=None):
-        y, state = self.inner(self.first(x), hx)
-        return self.last(y), state
-
-
-GRAPHS = {
-    "plain": {},
-    "batch first": {"batch_first": True},
-    "no bias": {"bias": False},
-    "two layers, two directions": {"num_layers": 2, "bidirectional": True},
-    "projection": {"proj_size": 3, "bidirectional": True},
-    "float64": {"dtype": F64},
-}
-
-
-@projected
-@pytest.mark.parametrize("with_state", [False, True])
-@pytest.mark.parametrize("config", GRAPHS.values(), ids=GRAPHS)
-@torch._dynamo.config.patch(allow_rnn=True)
-def test_compile_gives_one_graph(config, with_state):
-    """Training and inference, and no more than one compilation again when T and N change.
-
-    Dynamo refuses every instance of nn.LSTM before it looks at its forward, unless told otherwise.
-    """
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    dtype = config.get("dtype", F32)
-    inner = fastlstm.nn.LSTM(6, H, **config)
-    model = Between(inner).to(dtype)
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
-    slots = inner.num_layers * (2 if inner.bidirectional else 1)
-
-    def run(f, steps, batch):
-        x = leaf(*((batch, steps) if inner.batch_first else (steps, batch)), D, dtype=dtype)
-        sizes = (inner.proj_size or H, H)
-        hx = [leaf(slots, batch, n, dtype=dtype, seed=n) for n in sizes] if with_state else None
-        y, (h, c) = f(x, hx)
-        loss = y.square().sum() + (h * 1.3).sum() + c.square().sum()
-        return [y, h, c, *torch.autograd.grad(loss, [x, *(hx or ()), *model.parameters()])]
-
-    for steps, batch in ((T, N), (T + 1, N + 1), (T + 4, N + 2), (T + 9, N + 7)):
-        assert_close(run(compiled, steps, batch), run(model, steps, batch))
-    assert counter.frame_count <= 2
-    with torch.no_grad():
-        for steps in (T, T + 1, T + 2):
-            x = leaf(steps, N, D, dtype=dtype, grad=False)
-            assert_close(compiled(x), model(x))
-    assert counter.frame_count <= 4
-    torch._dynamo.reset()
-
-
-@projected
-@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"proj_size": 3}], ids=str)
-@pytest.mark.parametrize("with_state", [False, True])
-def test_operators(options, with_state):
-    """torch's own checks of a registered operator: schema, fake results, autograd, tracing."""
-    module = fastlstm.nn.LSTM(D, H, **options)
-    directions = 2 if module.bidirectional else 1
-    sizes = (module.proj_size or H, H)
-    state = [leaf(directions, N, n, seed=n) for n in sizes] if with_state else [None, None]
-    weights = [w.detach().requires_grad_() for w in module.parameters()]
-    for keep in (True, False):
-        args = (leaf(T, N, D), *state, weights, directions, keep)
-        if not keep:
-            args = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, args)
-        torch.library.opcheck(torch.ops.fastlstm.layer.default, args)
-    x = leaf(T, N, D, grad=False)
-    detached = [w.detach() for w in weights]
-    h0, c0 = (None if s is None else s.detach() for s in state)
-    y, _, c, *kept = torch.ops.fastlstm.layer(x, h0, c0, detached, directions, True)
-    needed = [True, with_state, with_state, *[True] * len(weights)]
-    grads = [torch.ones_like(y), None, torch.ones_like(c)]
-    torch.library.opcheck(
-        torch.ops.fastlstm.layer_backward.default,
-        (*grads, x, h0, c0, detached, y, kept, directions, needed),
-    )
-
-
-def test_export_keeps_one_node_and_reloads(tmp_path):
-    ours, theirs = pair(D, H, 2, bidirectional=True)
-    time, batch = torch.export.Dim("T", min=2), torch.export.Dim("N", min=2)
-    exported = torch.export.export(
-        ours, (leaf(T, N, D, grad=False),), dynamic_shapes=({0: time, 1: batch},)
-    )
-    targets = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
-    assert targets.count("fastlstm.layer.default") == 2  # one for each layer
-    torch.export.save(exported, tmp_path / "model.pt2")
-    loaded = torch.export.load(tmp_path / "model.pt2").module()
-    for steps, batches in ((T, N), (3, 7), (50, 2)):
-        x = leaf(steps, batches, D, grad=False)
-        assert_close(loaded(x), theirs(x))
-
-
 def test_activation_checkpointing():
     from torch.utils.checkpoint import checkpoint
 
@@ -1188,13 +1052,6 @@ def test_jit_trace():
     ours, theirs = pair(D, H, 2)
     traced = torch.jit.trace(ours, leaf(T, N, D, grad=False))
     assert_same(traced, theirs, leaf(T, N, D, seed=1))
-
-
-@pytest.mark.filterwarnings("ignore:The tensor attributes self._flat_weights:UserWarning")
-def test_export():
-    ours, theirs = pair(D, H, 2)
-    x = leaf(T, N, D, grad=False)
-    assert_close(torch.export.export(ours, (x,)).module()(x), theirs(x))
 
 
 def test_tensor_subclasses():

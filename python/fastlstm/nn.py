@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _core, _transforms
+from . import _core, _dynamo, _ops, _transforms
 from ._torch import Step, run_layer, run_step, wants_grad
 
 __all__ = ["LSTM", "LSTMCell", "convert", "revert"]
@@ -23,10 +23,9 @@ _Module = TypeVar("_Module", bound=torch.nn.Module)
 
 
 def _observed() -> bool:
-    """Return whether a tracer, a compiler or a transform must see operators of torch."""
+    """Return whether a tracer or a transform must see operators of torch."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
+        torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd.forward_ad._current_level >= 0
@@ -54,6 +53,14 @@ def _half_dtype(x: Any, hx: Any, weights: list[Any]) -> torch.dtype | None:
 _WORDS_FOR_DTYPE = ("mkldnn", "primitive", "same dtype")
 
 
+def _wrong_dtype(hx: Any, expected: torch.dtype) -> RuntimeError | None:
+    """Return an error that names the first state of another dtype."""
+    for k, state in enumerate(hx if isinstance(hx, (tuple, list)) else ()):
+        if isinstance(state, Tensor) and state.dtype != expected:
+            return RuntimeError(f"hx[{k}]: expected dtype {expected}, got {state.dtype}")
+    return None
+
+
 def _packed(
     input: Any, hx: Any, weights: list[Any], half: torch.dtype | None
 ) -> tuple[Any, Any, list[Any]]:
@@ -74,13 +81,17 @@ def _batch_sizes(packed: PackedSequence, observed: bool) -> list[int]:
     tensor = packed.batch_sizes
     # What torch.func wraps can be read one by one only.
     sizes: list[int] = [int(n) for n in tensor] if observed else tensor.tolist()
-    right = all(a >= b for a, b in zip(sizes, [*sizes[1:], 1], strict=True))
-    if not sizes or not right or sum(sizes) != packed.data.shape[0]:
-        raise RuntimeError(
-            "input.batch_sizes: expected positive numbers that do not grow and add up to the rows "
-            f"of input.data, {packed.data.shape[0]}, got {sizes}"
-        )
+    _ops.check_batch_sizes(sizes, packed.data.shape[0])
     return sizes
+
+
+def _traced_batch(packed: PackedSequence, hx: Any) -> Any:
+    """Return N of a PackedSequence from shapes; else from its numbers, where Dynamo stops."""
+    if packed.sorted_indices is not None:
+        return packed.sorted_indices.shape[0]
+    if isinstance(hx, (tuple, list)) and hx and isinstance(hx[0], Tensor) and hx[0].dim() == 3:
+        return hx[0].shape[1]
+    return packed.batch_sizes[0].item()
 
 
 class LSTM(torch.nn.LSTM):
@@ -88,10 +99,10 @@ class LSTM(torch.nn.LSTM):
 
     float32 and float64 CPU tensors run on the kernels, forward and backward, packed sequences and
     `proj_size` included; so do bfloat16, float16 and autocast, with arithmetic in float32.
-    `torch.compile`, `torch.export` and dispatch modes see one operator for each layer. `torch.func`
-    and autograd of any order work, on the kernels for `grad`, `vjp`, `jacrev` and `vmap`; forward
-    mode and derivatives of derivatives are composed of operators of torch. Other devices and jit
-    tracing run as in `torch.nn.LSTM`.
+    `torch.compile`, `torch.export` and dispatch modes see one operator for each layer,
+    `torch.onnx.export` the LSTM operator of ONNX. `torch.func` and autograd of any order work, on
+    the kernels for `grad`, `vjp`, `jacrev` and `vmap`; forward mode and derivatives of derivatives
+    are composed of operators of torch. Other devices and jit tracing run as in `torch.nn.LSTM`.
     """
 
     def forward(self, input: Any, hx: Any = None) -> Any:
@@ -102,12 +113,11 @@ class LSTM(torch.nn.LSTM):
             weights: list[Any] = [own[n] for n in self._flat_weights_names]
         except KeyError:
             weights = self._computed_weights()
+        if torch.compiler.is_compiling():
+            return self._traced(input, hx, weights)
         observed = _observed()
-        if observed:
-            if torch.compiler.is_compiling() and self._compiles(input, hx, weights):
-                return self._run(input, hx, weights, _transforms.run_layer)
-            if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-                return super().forward(input, hx)
+        if observed and torch._C._get_tracing_state() is not None:
+            return super().forward(input, hx)
         run: Any = run_layer
         ragged = isinstance(input, PackedSequence)
         x: Any = input.data if ragged else input
@@ -186,11 +196,33 @@ class LSTM(torch.nn.LSTM):
         h, c = (torch.cat(parts) for parts in zip(*states, strict=True))
         return x, h, c
 
-    def _compiles(self, input: Any, hx: Any, weights: list[Any]) -> bool:
-        """Return whether a compiler gets our operator for this call; nn.LSTM's checks raise."""
-        if isinstance(input, PackedSequence) or torch.is_autocast_enabled("cpu"):
-            return False
-        return self._serves(input, hx, weights, None)
+    def _traced(self, input: Any, hx: Any, weights: list[Any]) -> Any:
+        """Run as operators, one for each layer."""
+        ragged = isinstance(input, PackedSequence)
+        x: Any = input.data if ragged else input
+        N = _traced_batch(input, hx) if ragged else None
+        layout = (self.num_layers, 2 if self.bidirectional else 1, self.batch_first, 3, N)
+        sizes = (self.input_size, self.hidden_size, self.proj_size, *layout)
+        half = _half_dtype(x, hx, weights)
+        given = x, hx, weights
+        x, state, packed = given if half is None else _packed(*given, half)
+        autocast = torch.is_autocast_enabled("cpu")
+        if (half is None and autocast) or not _ops.fits(x, state, packed, *sizes):
+            return self._as_torch(input, hx, weights)
+
+        if not ragged:
+            y, (h, c) = self._run(x, state, packed, _transforms.run_layer)
+            return (y, (h, c)) if half is None else (y.to(half), (h.to(half), c.to(half)))
+        if state is None:  # the operator reads N off the state
+            H, P = self.hidden_size, self.proj_size or self.hidden_size
+            state = [x.new_zeros(layout[0] * layout[1], N, size) for size in (P, H)]
+        else:
+            state = self.permute_hidden(state, input.sorted_indices)
+        layer = partial(_ops.layer_of_graph, batch_sizes=input.batch_sizes)
+        results = self._layers(x, state, packed, layer)
+        y, h, c = results if half is None else [result.to(half) for result in results]
+        y = PackedSequence(y, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
+        return y, self.permute_hidden((h, c), input.unsorted_indices)
 
     def _serves(self, x: Any, hx: Any, weights: list[Any], batch_sizes: Tensor | None) -> bool:
         """Return whether all are CPU tensors of one dtype, float32 or float64, and nothing missing.
@@ -242,33 +274,22 @@ class LSTM(torch.nn.LSTM):
                     self.check_input(input.data, input.batch_sizes)
                 else:
                     self.check_forward_args(input.data, (hx[0], hx[1]), input.batch_sizes)
+        if torch.compiler.is_compiling() and _wrong_dtype(hx, weights[0].dtype):
+            torch._dynamo.skip_frame()  # its graph would raise outside of `try`
         try:
             return super().forward(input, hx)
         except RuntimeError as error:
             if any(words in str(error) for words in _WORDS_FOR_DTYPE):
-                expected = weights[0].dtype
-                for k, state in enumerate(() if hx is None else hx):
-                    got = getattr(state, "dtype", expected)
-                    if got != expected:
-                        message = f"hx[{k}]: expected dtype {expected}, got {got}"
-                        raise RuntimeError(message) from error
+                raise _wrong_dtype(hx, weights[0].dtype) or error from error
             raise
 
     def _check_weight_shapes(self, weights: list[Any]) -> None:
-        H, P = self.hidden_size, self.proj_size or self.hidden_size
         directions = 2 if self.bidirectional else 1
-        per_direction = len(self._all_weights[0])
-        gates = 4 * H
-        rest = ([(gates,), (gates,)] if self.bias else []) + ([(P, H)] if self.proj_size else [])
-        for k, (name, weight) in enumerate(zip(self._flat_weights_names, weights, strict=True)):
-            kind = k % per_direction
-            if kind == 0:
-                inputs = self.input_size if k < directions * per_direction else directions * P
-                expected: tuple[int, ...] = (gates, inputs)
-            else:
-                expected = (gates, P) if kind == 1 else rest[kind - 2]
-            if weight.shape != expected:
-                raise RuntimeError(f"{name}: expected shape {expected}, got {tuple(weight.shape)}")
+        sizes = (self.input_size, self.hidden_size, self.proj_size, self.num_layers, directions)
+        shapes = _ops.weight_shapes(*sizes, self.bias)
+        for name, weight, shape in zip(self._flat_weights_names, weights, shapes, strict=True):
+            if weight.shape != shape:
+                raise RuntimeError(f"{name}: expected shape {shape}, got {tuple(weight.shape)}")
 
 
 class LSTMCell(torch.nn.LSTMCell):
@@ -281,16 +302,16 @@ class LSTMCell(torch.nn.LSTMCell):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Run one step on `input`: shapes, results and errors of `torch.nn.LSTMCell`."""
-        observed = _observed()
-        if observed and (
-            torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-        ):
-            return super().forward(input, hx)
         own = self._parameters
         weights: list[Any] = [
             own[n] if n in own else getattr(self, n, None)
             for n in (self._names if self.bias else self._names[:2])
         ]
+        if torch.compiler.is_compiling():
+            return self._traced(input, hx, weights)
+        observed = _observed()
+        if observed and torch._C._get_tracing_state() is not None:
+            return super().forward(input, hx)
         sizes = (self.input_size, self.hidden_size, 0, 1, 1, False, 2, 0)
         half = None
         readable = True
@@ -315,6 +336,24 @@ class LSTMCell(torch.nn.LSTMCell):
             h, c, *_ = run_step(input, h0, c0, weights, keep=False)
         if not batched:
             h, c = h.squeeze(0), c.squeeze(0)
+        return (h, c) if half is None else (h.to(half), c.to(half))
+
+    def _traced(self, input: Any, hx: Any, weights: list[Any]) -> Any:
+        """Run as the operator of a layer at T = 1."""
+        half = _half_dtype(input, hx, weights)
+        given = input, hx, weights
+        x, state, weights = given if half is None else _packed(*given, half)
+        sizes = (self.input_size, self.hidden_size, 0, 1, 1, False, 2, None)
+        autocast = half is None and torch.is_autocast_enabled("cpu")
+        if autocast or not _ops.fits(x, state, weights, *sizes):
+            return super().forward(input, hx)
+        step = (0,) if x.dim() == 2 else (0, 0)
+        for _ in step:  # of time, and of a batch where there is none
+            x = x.unsqueeze(0)
+            state = None if state is None else [part.unsqueeze(0) for part in state]
+        h0, c0 = state or (None, None)
+        _, h, c = _transforms.run_layer(1, x, h0, c0, weights)
+        h, c = h[step], c[step]
         return (h, c) if half is None else (h.to(half), c.to(half))
 
     def _serves(self, x: Any, hx: Any, weights: list[Any]) -> bool:
@@ -351,6 +390,8 @@ class LSTMCell(torch.nn.LSTMCell):
             and all(w.shape == shape for w, shape in zip(weights, shapes, strict=False))
         )
 
+
+_dynamo.trace(LSTM)
 
 _OURS = {torch.nn.LSTM: LSTM, torch.nn.LSTMCell: LSTMCell}
 _Classes = dict[type[torch.nn.Module], type[torch.nn.Module]]
