@@ -1,0 +1,193 @@
+"""How a pass runs on a CUDA device: a pure function of sizes, arithmetic and the device's properties.
+
+There are four paths. In the first three one launch walks over all of time, with W_hh held in shared
+memory, and groups of blocks compute slices of the batch:
+
+- ``block``: one block holds all of W_hh;
+- ``cluster``: up to eight blocks, which exchange h through each other's shared memory (compute
+  capability 9 and up);
+- ``grid``: any number of blocks, which exchange h through the second-level cache;
+- ``steps``: where W_hh does not fit or it is estimated to be faster, and with projections: for each
+  step a matrix product of torch and one pointwise kernel.
+
+The least estimated time decides. The estimates come from data sheets, not from measurements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+# The sizes of one element in memory and of one sum; recurrence.h has the same.
+STORAGE = {"bf16": 2, "f16": 2, "tf32": 4, "f32": 4, "f64": 8}
+SUM = {"bf16": 4, "f16": 4, "tf32": 4, "f32": 4, "f64": 8}
+_TENSOR_CORES = ("bf16", "f16", "tf32")
+
+THREADS = 256
+ELEMENTS = 4  # most elements of the pointwise step that a thread owns
+CLUSTER = 8  # most blocks of a cluster that every device with clusters runs
+
+# Nanoseconds of a step outside its product, multiply-adds per nanosecond of a multiprocessor, and
+# bytes per nanosecond: estimates.
+_BASE = {"block": 700, "cluster": 1100, "grid": 2000, "steps": 7000}
+_PRODUCTS = {"bf16": 900, "f16": 900, "tf32": 450, "f32": 80, "f64": 40}
+_SHARED, _L2 = 200, 60
+
+
+class Device(NamedTuple):
+    """What a plan knows of a device: `_cuda.properties`."""
+
+    major: int
+    minor: int
+    multiprocessors: int
+    shared_bytes: int  # that one block may take
+    cooperative: bool  # whether blocks of one launch may wait for one another
+
+
+class Plan(NamedTuple):
+    """One way to run a pass, and why; the names are those of recurrence.h."""
+
+    path: str
+    blocks: int
+    units: int
+    rows: int
+    groups: int
+    threads: int
+    shared_bytes: int
+    operand_bytes: int  # of one of a group's two operands in the exchange
+    nanoseconds: float  # estimated, for one step
+    reason: str
+
+
+def memory(
+    math: str, backward: bool, H: int, units: int, rows: int, threads: int, local: bool
+) -> tuple[int, int]:
+    """Return bytes of shared memory of a block and bytes of an operand, as `layout()` does."""
+    size = STORAGE[math]
+    M, K = (units, 4 * H) if backward else (4 * units, H)
+    m_padded, r_padded = _round_up(M, 16), _round_up(rows, 8)
+    k_steps = -(-K * size // 32)
+    splits = min(max(threads // 32 // (m_padded // 16), 1), k_steps)
+    row = k_steps * 32 + 16
+    tensor_cores = math in _TENSOR_CORES
+    weights = m_padded * k_steps * 32 if tensor_cores else M * row
+    operand = (r_padded if tensor_cores else rows) * row
+    partial = splits * r_padded * m_padded * SUM[math]
+    state = 2 * _round_up(rows * units * SUM[math], 16)
+    return weights + (2 if local else 1) * operand + partial + state, operand
+
+
+def flag_stride(blocks: int) -> int:
+    """Return the flags from one group to the next, as `flag_stride()` of recurrence.h."""
+    return _round_up(blocks, 32)
+
+
+def _round_up(a: int, b: int) -> int:
+    return -(-a // b) * b
+
+
+@lru_cache(maxsize=1024)
+def plan(
+    N: int, H: int, directions: int, math: str, backward: bool, device: Device, P: int | None = None
+) -> Plan:
+    """Return the way to run a pass over N batch rows and H hidden units.
+
+    Parameters
+    ----------
+    N, H, directions : int
+        Batch rows, hidden units, and 1 or 2 directions, which run side by side.
+    math : {"bf16", "f16", "tf32", "f32", "f64"}
+        dtype, with the arithmetic of float32 told apart.
+    backward : bool
+    device : Device
+    P : int, optional
+        Columns of h where there is a projection.
+    """
+    steps_cost = _steps_cost(N, H, math, device) * directions
+    steps = Plan("steps", 0, 0, 0, 0, 0, 0, 0, steps_cost, "")
+    if P is not None and P != H:
+        return steps._replace(reason="steps: a projection is a second product in each step")
+    if device.major < 8:
+        return steps._replace(reason="steps: compute capability 8.0 is the least for the others")
+    candidates = list(_candidates(N, H, directions, math, backward, device))
+    if not candidates:
+        need = 4 * H * H * STORAGE[math] * directions
+        have = device.shared_bytes * device.multiprocessors
+        return steps._replace(
+            reason=f"steps: W_hh takes {_kib(need)} and its exchange some more; the "
+            f"{device.multiprocessors} multiprocessors have {_kib(have)} of shared memory"
+        )
+    best = min(candidates, key=lambda p: (p.nanoseconds, p.blocks * p.groups))
+    if steps_cost < best.nanoseconds:
+        return steps._replace(
+            reason=f"steps: estimated {_us(steps_cost)} a step against "
+            f"{_us(best.nanoseconds)} with {best.path}"
+        )
+    among = {"block": "one block", "cluster": f"clusters of {best.blocks} blocks"}.get(
+        best.path, f"groups of {best.blocks} blocks"
+    )
+    reason = (
+        f"{best.path}: {best.groups} x {among}, each block with {best.units} units of W_hh in "
+        f"{_kib(best.shared_bytes)} of shared memory (of {_kib(device.shared_bytes)}), {best.rows} "
+        f"batch rows at a time; estimated {_us(best.nanoseconds)} a step against "
+        f"{_us(steps_cost)} step by step"
+    )
+    return best._replace(reason=reason)
+
+
+def _kib(count: int) -> str:
+    return f"{-(-count // 1024)} KiB"
+
+
+def _us(nanoseconds: float) -> str:
+    return f"{nanoseconds / 1000:.1f} us"
+
+
+def _steps_cost(N: int, H: int, math: str, device: Device) -> float:
+    product = 4 * N * H * H / (_PRODUCTS[math] * device.multiprocessors)
+    weights = 4 * H * H * STORAGE[math] / (_L2 * device.multiprocessors)
+    return _BASE["steps"] + max(product, weights)
+
+
+def _candidates(
+    N: int, H: int, directions: int, math: str, backward: bool, device: Device
+) -> Iterator[Plan]:
+    for units in sorted({-(-H // b) for b in range(1, min(H, device.multiprocessors) + 1)}):
+        blocks = -(-H // units)
+        for path in ("block", "cluster", "grid"):
+            if blocks > (1 if path == "block" else CLUSTER) and path != "grid":
+                continue
+            if (path == "block") != (blocks == 1) or (path == "cluster" and device.major < 9):
+                continue
+            most = device.multiprocessors // (blocks * directions)
+            if path == "grid" and (not device.cooperative or most < 1):
+                continue
+            for tall in (1, 2, 4, 8, 16, 32, 64, 128):
+                slices = -(-N // tall)
+                rows = -(-N // slices)
+                if rows * units > ELEMENTS * THREADS:
+                    break
+                local = path != "grid"
+                taken, operand = memory(math, backward, H, units, rows, THREADS, local)
+                if taken > device.shared_bytes:
+                    break
+                groups = min(slices, max(most, 1))
+                cost = _cost(path, blocks, units, rows, H, math, backward, operand)
+                cost *= -(-slices // groups)  # slices that a group computes one after the other
+                sizes = blocks, units, rows, groups * directions, THREADS
+                yield Plan(path, *sizes, taken, operand, cost, "")
+                if slices == 1:
+                    break
+
+
+def _cost(
+    path: str, blocks: int, units: int, rows: int, H: int, math: str, backward: bool, operand: int
+) -> float:
+    M, K = (units, 4 * H) if backward else (4 * units, H)
+    m_padded, r_padded = _round_up(M, 16), _round_up(rows, 8)
+    product = m_padded * r_padded * K / _PRODUCTS[math]
+    weights = m_padded * K * STORAGE[math] * -(-r_padded // 32) / _SHARED
+    published = rows * units * (4 if backward else 1)
+    exchange = operand / _L2 if path == "grid" else published * blocks * 4 / THREADS
+    return _BASE[path] + max(product, weights) + exchange
