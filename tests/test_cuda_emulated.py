@@ -188,7 +188,7 @@ def test_many_tiles(emulated, math, threads):
 
 
 def test_the_grid_of_a_real_plan(emulated):
-    device = _cuda_plan.Device(8, 0, 4, 40000, True)
+    device = _cuda_plan.Device(8, 0, 4, 30000, True)
     found = _cuda_plan.plan(9, 40, 1, "bf16", False, device)
     assert found.path == "grid"
     emulated("bf16", "grid", blocks=found.blocks, rows=found.rows, threads=found.threads)

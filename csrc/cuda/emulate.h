@@ -129,9 +129,10 @@ FASTLSTM_UNSEEN inline T* of_peer(T* place, int rank) {
   return reinterpret_cast<T*>(there + (reinterpret_cast<char*>(place) - shared_memory()));
 }
 
+FASTLSTM_UNSEEN inline void note_progress() { launch->progress = true; }
 inline void store_release(int32_t* flag, int32_t value) {
   __atomic_store_n(flag, value, __ATOMIC_RELEASE);
-  launch->progress = true;
+  note_progress();
 }
 inline void wait_acquire(const int32_t* flag, int32_t value) {
   while (__atomic_load_n(flag, __ATOMIC_ACQUIRE) < value) give_way();
@@ -234,6 +235,7 @@ FASTLSTM_UNSEEN inline void mma(float (&c)[4], const Vec16& a, uint32_t b0, uint
 
 FASTLSTM_UNSEEN inline void fiber_main() {
   launch->kernel(launch->params);
+  __tsan_release(launch);  // a kernel's end is seen by who queued it
   launch->running->done = true;
   launch->progress = true;
   give_way();
@@ -298,6 +300,7 @@ FASTLSTM_UNSEEN inline void emulate(int blocks, int threads, int cluster, int sh
 #ifdef __SANITIZE_THREAD__
   for (Fiber& f : here.fibers) __tsan_destroy_fiber(f.tsan);
 #endif
+  __tsan_acquire(&here);
   launch = nullptr;
   if (stuck) throw std::runtime_error("emulated kernel: every thread waits for another");
 }

@@ -24,7 +24,7 @@ from ._cuda_plan import THREADS, Device, Plan
 
 try:
     from . import _cuda
-except ImportError:  # a build without nvcc
+except ModuleNotFoundError:
     _cuda = None  # type: ignore[assignment]
 
 _SWITCH = "FASTLSTM_CUDA_KERNELS"
@@ -454,39 +454,51 @@ def _right_shapes(
     return [tuple(w.shape) for w in weights] == expected
 
 
-def explain(rnn: Any, input: Any, hx: Any = None, *, device: Device | None = None) -> str:
+def explain(lstm: Any, input: Any, hx: Any, device: Any) -> str:
     """See :func:`fastlstm.nn.explain`."""
+    if not isinstance(lstm, torch.nn.LSTM):
+        raise TypeError(f"lstm: expected a torch.nn.LSTM, got {type(lstm).__name__}")
     ragged = isinstance(input, PackedSequence)
-    x: Tensor = input.data if ragged else input
-    if device is None:
-        if not x.is_cuda:
-            return f"{x.device.type}: no CUDA tensor, so the CPU kernels or torch's own path run"
-        if _cuda is None:
-            return f"torch.nn.LSTM's own path: {_NO_CUDA_PART}"
-        if not ENABLED:
+    x: Any = input.data if ragged else input
+    if not isinstance(x, Tensor):
+        raise TypeError(f"input: expected a Tensor or PackedSequence, got {type(input).__name__}")
+    if x.dim() not in (2, 3) or 0 in x.shape:
+        raise ValueError(f"input: expected 2 or 3 dimensions, none empty, got {tuple(x.shape)}")
+    autocast = torch.is_autocast_enabled("cuda")
+    dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype
+    if dtype not in _MATH:
+        raise TypeError(f"input: expected a dtype of {[str(d) for d in _MATH]}, got {dtype}")
+    if device is not None:
+        try:
+            device = Device(*device)
+        except TypeError:
+            raise TypeError(f"device: expected {Device._fields}, got {device!r}") from None
+    elif _cuda is None:
+        return f"torch.nn.LSTM's own path on CUDA: {_NO_CUDA_PART}"
+    elif not ENABLED:
+        return (
+            "torch.nn.LSTM's own path on CUDA: the kernels are off; "
+            f"{_SWITCH}=1 in the environment switches them on"
+        )
+    elif not x.is_cuda:
+        raise ValueError(f"input: expected a tensor on CUDA, or a device to ask of, got {x.device}")
+    else:
+        weights = [getattr(lstm, name) for name in lstm._flat_weights_names]
+        if served(lstm, input, hx, weights) is None:
             return (
-                f"torch.nn.LSTM's own path: the CUDA kernels are off; {_SWITCH}=1 in the "
-                "environment switches them on"
-            )
-        weights = [getattr(rnn, name) for name in rnn._flat_weights_names]
-        if served(rnn, input, hx, weights) is None:
-            return (
-                "torch.nn.LSTM's own path: the kernels take strided tensors of one dtype (bfloat16, "
-                "float16, float32, float64) and one device of compute capability 8.0 or more"
+                "torch.nn.LSTM's own path: the kernels take strided tensors of one dtype "
+                "(bfloat16, float16, float32, float64) on one device of compute capability 8.0 or "
+                "more, in the shapes of torch.nn.LSTM"
             )
         device = properties(_index(x))
     if ragged:
         N = int(input.batch_sizes[0])
     else:
-        N = x.shape[0 if rnn.batch_first else 1] if x.dim() == 3 else 1
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-    math = math_of(dtype)
-    directions = 2 if rnn.bidirectional else 1
-    lines = [
-        f"{name} ({math}): "
-        + _cuda_plan.plan(
-            N, rnn.hidden_size, directions, math, backward, device, rnn.proj_size or None
-        ).reason
-        for name, backward in (("forward", False), ("backward", True))
-    ]
-    return "\n".join(lines)
+        N = x.shape[0 if lstm.batch_first else 1] if x.dim() == 3 else 1
+    math, H, P = math_of(dtype), lstm.hidden_size, lstm.proj_size or lstm.hidden_size
+    directions = 2 if lstm.bidirectional else 1
+    return "\n".join(
+        f"{'backward' if backward else 'forward'}, {math}: "
+        + _cuda_plan.plan(N, H, directions, math, backward, device, P).reason
+        for backward in (False, True)
+    )

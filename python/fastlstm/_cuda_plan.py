@@ -89,24 +89,22 @@ def _round_up(a: int, b: int) -> int:
 
 @lru_cache(maxsize=1024)
 def plan(
-    N: int, H: int, directions: int, math: str, backward: bool, device: Device, P: int | None = None
+    N: int, H: int, directions: int, math: str, backward: bool, device: Device, P: int
 ) -> Plan:
     """Return the way to run a pass over N batch rows and H hidden units.
 
     Parameters
     ----------
-    N, H, directions : int
-        Batch rows, hidden units, and 1 or 2 directions, which run side by side.
+    N, H, directions, P : int
+        Batch rows, hidden units, 1 or 2 directions, which run side by side, and columns of h.
     math : {"bf16", "f16", "tf32", "f32", "f64"}
         dtype, with the arithmetic of float32 told apart.
     backward : bool
     device : Device
-    P : int, optional
-        Columns of h where there is a projection.
     """
     steps_cost = _steps_cost(N, H, math, device) * directions
     steps = Plan("steps", 0, 0, 0, 0, 0, 0, 0, steps_cost, "")
-    if P is not None and P != H:
+    if P != H:
         return steps._replace(reason="steps: a projection is a second product in each step")
     if device.major < 8:
         return steps._replace(reason="steps: compute capability 8.0 is the least for the others")

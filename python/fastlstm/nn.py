@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _core, _ops
+from . import _core, _cuda_layer, _ops
 from ._torch import Step, run_layer, run_step, wants_grad
 
-__all__ = ["LSTM", "LSTMCell", "convert", "revert"]
+__all__ = ["LSTM", "LSTMCell", "convert", "explain", "revert"]
 
 _Module = TypeVar("_Module", bound=torch.nn.Module)
 
@@ -91,7 +91,8 @@ class LSTM(torch.nn.LSTM):
     float32 and float64 CPU tensors run on the kernels, forward and backward, packed sequences and
     `proj_size` included; so do bfloat16, float16 and autocast, with arithmetic in float32.
     `torch.compile` and `torch.export` see one operator for each layer. Everything else (other
-    devices, functorch transforms, jit tracing, double backward) runs as in `torch.nn.LSTM`.
+    devices, functorch transforms, jit tracing, double backward) runs as in `torch.nn.LSTM`. So does
+    CUDA, except with FASTLSTM_CUDA_KERNELS=1 in the environment; see :func:`explain`.
     """
 
     def forward(self, input: Any, hx: Any = None) -> Any:
@@ -114,13 +115,17 @@ class LSTM(torch.nn.LSTM):
         half = None
         autocast = torch.is_autocast_enabled("cpu")
         if autocast or not _core.fits(x, hx, weights, *sizes):
-            half = _half_dtype(x, hx, weights)
-            if half is None and not autocast:
-                self._check(input, hx, weights)
-            packed = _packed(x, hx, weights, half)
-            if (autocast and half is None) or not _core.fits(*packed, *sizes):
-                return super().forward(input, hx)
-            x, hx, weights = packed
+            on_cuda = _cuda_layer.served(self, input, hx, weights)
+            if on_cuda is not None:
+                x, hx, weights = on_cuda
+            else:
+                half = _half_dtype(x, hx, weights)
+                if half is None and not autocast:
+                    self._check(input, hx, weights)
+                packed = _packed(x, hx, weights, half)
+                if (autocast and half is None) or not _core.fits(*packed, *sizes):
+                    return super().forward(input, hx)
+                x, hx, weights = packed
 
         if not ragged:
             y, (h, c) = self._run(x, hx, weights, run_layer)
@@ -338,3 +343,31 @@ def revert(model: _Module) -> _Module:
     """
     _exchange_classes(model, {ours: torchs for torchs, ours in _OURS.items()})
     return model
+
+
+def explain(lstm: torch.nn.LSTM, input: Any, hx: Any = None, *, device: Any = None) -> str:
+    """Say which CUDA path a call would take, and why.
+
+    Parameters
+    ----------
+    lstm : torch.nn.LSTM
+    input : Tensor or PackedSequence
+    hx : (h0, c0), optional
+        What the call would get. Nothing is computed.
+    device : tuple, optional
+        Ask of a device that need not be here: (major, minor, multiprocessors, shared_bytes,
+        cooperative), that is its compute capability, its number of multiprocessors, the bytes of
+        shared memory that one block may take and whether it has cooperative launches; such as
+        ``(9, 0, 132, 232448, True)`` for an H100. Only sizes and dtype of `input` count then.
+
+    Returns
+    -------
+    str
+        One line for the forward and one for the backward pass, or one where torch's own path runs.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was expected and what came.
+    """
+    return _cuda_layer.explain(lstm, input, hx, device)
