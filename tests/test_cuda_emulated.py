@@ -58,22 +58,23 @@ def emulated(module, monkeypatch):
     monkeypatch.setattr(_torch, "run_forward", _cuda_layer.run_forward)
     monkeypatch.setattr(_torch, "run_backward", _cuda_layer.run_backward)
 
-    def use(math, path, *, blocks=1, rows=1, per_direction=1, threads=64):
+    def use(math, path, *, blocks=1, rows=1, per_direction=1, threads=64, chunks=1):
         def plan(x, N, H, P, directions, backward):
             if path == "steps" or H != P:
-                return math, _cuda_plan.Plan("steps", 0, 0, 0, 0, 0, 0, 0, 0, "")
+                return math, _cuda_plan.Plan("steps", 0, 0, 0, 0, 0, 1, 0, 0, 0, "")
             units = -(-H // blocks)
             local = path != "grid"
-            taken, operand = _cuda_plan.memory(math, backward, H, units, rows, threads, local)
-            sizes = -(-H // units), units, rows, per_direction * directions, threads
-            return math, _cuda_plan.Plan(path, *sizes, taken, operand, 0, "")
+            sizes = H, units, rows, threads, chunks, local
+            taken, operand = _cuda_plan.memory(math, backward, *sizes)
+            cut = -(-H // units), units, rows, per_direction * directions, threads, chunks
+            return math, _cuda_plan.Plan(path, *cut, taken, operand, 0, "")
 
         monkeypatch.setattr(_cuda_layer, "_plan", plan)
 
     return use
 
 
-# path, blocks of a group, rows of a slice, groups of a direction, threads
+# path, blocks of a group, rows of a slice, groups of a direction, threads, chunks
 PLANS = {
     "block": ("block", 1, 5, 1, 64),
     "block, several slices": ("block", 1, 2, 2, 96),
@@ -81,13 +82,15 @@ PLANS = {
     "cluster, slices in turn": ("cluster", 2, 2, 1, 96),
     "grid": ("grid", 3, 5, 1, 64),
     "grid, slices in turn": ("grid", 2, 2, 2, 96),
+    "grid, in chunks": ("grid", 2, 5, 1, 64, 3),
     "steps": ("steps", 1, 1, 1, 64),
 }
 
 
 def use_plan(emulated, math, name):
-    path, blocks, rows, per_direction, threads = PLANS[name]
-    emulated(math, path, blocks=blocks, rows=rows, per_direction=per_direction, threads=threads)
+    path, *cut = PLANS[name]
+    names = "blocks", "rows", "per_direction", "threads", "chunks"
+    emulated(math, path, **dict(zip(names, cut, strict=False)))
 
 
 def problem(T, N, D, H, *, directions=1, bias=True, P=0, lengths=None, state=True, dtype, seed=0):
@@ -113,7 +116,10 @@ def problem(T, N, D, H, *, directions=1, bias=True, P=0, lengths=None, state=Tru
 
 def run(rnn, x, batch_sizes, hx, grads, dtype, layer):
     """Results and gradients of one layer, by name."""
-    leaf = [None if t is None else t.to(dtype, copy=True).requires_grad_() for t in (x, *(hx or (None, None)))]
+    leaf = [
+        None if t is None else t.to(dtype, copy=True).requires_grad_()
+        for t in (x, *(hx or (None, None)))
+    ]
     weights = [p.detach().to(dtype).requires_grad_() for p in rnn._flat_weights]
     directions = 2 if rnn.bidirectional else 1
     results = layer(directions, *leaf, weights, batch_sizes)
@@ -164,10 +170,7 @@ def test_every_plan_and_arithmetic(emulated, plan, math):
 )
 def test_features(emulated, plan, change):
     use_plan(emulated, "f64", plan)
-    config = {**SMALL, **change}
-    if plan in ("cluster", "grid") and config["H"] == 1:
-        pytest.skip("one unit is one block")
-    check(config, "f64")
+    check({**SMALL, **change}, "f64")
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -187,9 +190,119 @@ def test_many_tiles(emulated, math, threads):
     check({"T": 2, "N": 37, "D": 2, "H": 27 if threads == 256 else 33}, math)
 
 
-def test_the_grid_of_a_real_plan(emulated):
-    device = _cuda_plan.Device(8, 0, 4, 30000, True)
-    found = _cuda_plan.plan(9, 40, 1, "bf16", False, device)
+def test_a_real_plan(emulated):
+    device = _cuda_plan.Device(8, 0, 6, 24000, True)
+    found = _cuda_plan.plan(9, 40, 1, "bf16", True, device, 40)
     assert found.path == "grid"
     emulated("bf16", "grid", blocks=found.blocks, rows=found.rows, threads=found.threads)
     check({"T": 3, "N": 9, "D": 3, "H": 40}, "bf16")
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("seed", ["1", "2", "3"])
+def test_no_order_of_threads_changes_a_bit(emulated, monkeypatch, plan, seed):
+    use_plan(emulated, "bf16", plan)
+    config = {**SMALL, "lengths": [4, 4, 3, 1, 1], "directions": 2}
+    first = check(config, "bf16")
+    monkeypatch.setenv("FASTLSTM_EMULATE_SEED", seed)
+    again = check(config, "bf16")
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_inference_gives_the_bits_of_training(emulated, plan):
+    use_plan(emulated, "f32", plan)
+    case = problem(**SMALL, dtype=torch.float32)
+    trained = run(*case, torch.float32, _torch.run_layer)
+    rnn, x, _, hx, _ = case
+    with torch.no_grad():
+        weights = [p.float() for p in rnn._flat_weights]
+        result = _torch.run_layer(1, x.float(), *(s.float() for s in hx), weights)
+    for name, value in zip(("y", "h_n", "c_n"), result, strict=True):
+        assert np.array_equal(value.double().numpy(), trained[name])
+
+
+def test_against_the_reference(emulated):
+    """The oracle of the CPU kernels, which shares nothing with torch."""
+    use_plan(emulated, "f64", "cluster")
+    case = problem(**SMALL, bias=False, dtype=torch.float64)
+    rnn, x, _, (h0, c0), grads = case
+    ours = run(*case, torch.float64, _torch.run_layer)
+    args = x, rnn.weight_ih_l0.detach(), rnn.weight_hh_l0.detach(), None, None, h0[0], c0[0]
+    args = [None if a is None else a.numpy() for a in args]
+    y, h, c, *_ = reference.lstm_forward(*args)
+    found = reference.lstm_backward(
+        *args, grads[0].numpy(), grads[1][0].numpy(), grads[2][0].numpy()
+    )
+    expected = {"y": y, "h_n": h[None], "c_n": c[None], "grad x": found.x}
+    expected |= {"grad h0": found.h0[None], "grad c0": found.c0[None]}
+    expected |= {"grad weight_ih_l0": found.weight_ih, "grad weight_hh_l0": found.weight_hh}
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        assert np.abs(ours[name] - value).max() <= 1e-12 * np.abs(value).max(), name
+
+
+def test_only_some_gradients(emulated):
+    use_plan(emulated, "f64", "grid")
+    rnn, x, _, hx, _ = problem(**SMALL, directions=2, dtype=torch.float64)
+    weights = [p.detach() for p in rnn._flat_weights]
+    weights[5].requires_grad_()  # weight_hh of the reverse direction
+    y, _, c = _torch.run_layer(2, x, *hx, weights)
+    (y.sum() + c.sum()).backward()
+    found = weights[5].grad
+    y, _, c = torch_layer(2, x, *hx, weights, [])
+    (expected,) = torch.autograd.grad(y.sum() + c.sum(), weights[5])
+    assert torch.allclose(found, expected, rtol=1e-11)
+    assert all(w.grad is None for k, w in enumerate(weights) if k != 5)
+
+
+def test_nan_stays_in_its_row(emulated):
+    use_plan(emulated, "bf16", "grid, slices in turn")
+    rnn, x, _, hx, _ = problem(**SMALL, dtype=torch.bfloat16)
+    half = [t.bfloat16() for t in (x, *hx)]
+    half[0][1, 2] = float("nan")
+    y, h, c = _torch.run_layer(1, *half, [p.detach().bfloat16() for p in rnn._flat_weights])
+    assert y[1:, 2].isnan().all() and h[:, 2].isnan().all() and c[:, 2].isnan().all()
+    y[1:, 2] = 0
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("math", MATHS)
+@pytest.mark.parametrize("backward", [False, True])
+def test_memory_is_that_of_the_layout(module, math, backward):
+    for H, units, rows, threads in ((1, 1, 1, 32), (100, 13, 9, 256), (768, 12, 8, 256)):
+        for chunks, local in ((1, True), (1, False), (3, False)):
+            expected = _cuda_plan.memory(math, backward, H, units, rows, threads, chunks, local)
+            sizes = {"H": H, "units": units, "rows": rows, "threads": threads, "chunks": chunks}
+            blocks = -(-H // units)
+            found = module.memory(math, backward, blocks=blocks, local=int(local), **sizes)
+            assert found == (*expected, _cuda_plan.flag_stride(blocks))
+
+
+def test_what_the_module_refuses(module):
+    fits = dict(
+        T=1, N=1, H=4, directions=1, threads=32, blocks=1, units=4, rows=1, groups=1, local=1
+    )
+    fits |= dict(total=1, weight=8, gx=8, y=8, h_n=8, c_n=8)
+    for wrong, words in (
+        ({"T": 0}, "T, N, H, total: expected at least 1"),
+        ({"directions": 3}, "directions: expected 1 or 2"),
+        ({"threads": 48}, "threads: expected a multiple of 32"),
+        ({"blocks": 2}, "blocks, units: expected just enough blocks"),
+        ({"units": 3}, "blocks, units: expected just enough blocks"),
+        ({"rows": 33}, "rows: expected rows"),
+        ({"directions": 2}, "groups: expected a multiple of directions"),
+        ({"chunks": 2}, "chunks: expected 1 with local"),
+        ({"local": 0}, "exchange, flags: expected memory"),
+        ({"weight": 0}, "weight: expected memory"),
+        ({"gx": 0}, "expected gx, y, h_n, c_n"),
+        ({"other": 1}, "unknown keyword argument"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            module.recurrence("f32", False, 0, 0, **{**fits, **wrong})
+    with pytest.raises(ValueError, match="expected gates, cells, dz, dh0, dc0"):
+        module.recurrence("f32", True, 0, 0, **fits)
+    with pytest.raises(ValueError, match="math: expected bf16, f16, tf32, f32 or f64, got f8"):
+        module.recurrence("f8", False, 0, 0, **fits)
+    with pytest.raises(ValueError, match="expected z, h"):
+        module.step("f32", False, 0, 0, n=1, H=1, c=8)

@@ -41,8 +41,8 @@ void check(const Recurrence& p, bool backward) {
          "blocks, units: expected just enough blocks for all units");
   expect(p.rows > 0 && int64_t(p.rows) * p.units <= int64_t(kElements) * p.threads,
          "rows: expected rows * units <= 4 * threads");
-  expect(p.groups > 0 && p.groups % p.directions == 0,
-         "groups: expected a multiple of directions");
+  expect(p.groups > 0 && p.groups % p.directions == 0, "groups: expected a multiple of directions");
+  expect(p.chunks > 0 && (p.chunks == 1 || !p.local), "chunks: expected 1 with local");
   expect(p.local || (p.exchange && p.flags), "exchange, flags: expected memory");
   for (int d = 0; d < p.directions; ++d) expect(p.weight[d], "weight: expected memory");
   if (backward)
@@ -92,6 +92,7 @@ void fill(Recurrence& p, Fields& field) {
   field("units", p.units);
   field("rows", p.rows);
   field("groups", p.groups);
+  field("chunks", p.chunks);
   field("local", p.local);
   field("offsets", p.offsets);
   field("total", p.total);

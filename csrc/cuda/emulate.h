@@ -1,5 +1,5 @@
-// The vocabulary of kernels.inl on the host, for tests: every CUDA thread is a fiber, all blocks of a
-// launch are there at once, barriers are real, and mma works on the fragments of the PTX manual.
+// The vocabulary of kernels.inl on the host, for tests: every CUDA thread is a fiber, all blocks of
+// a launch are there at once, barriers are real, and mma works on the fragments of the PTX manual.
 //
 // A fiber runs until it has to wait, and the order in which fibers are resumed is shuffled, so a
 // kernel with a missing barrier gives wrong numbers; shared memory begins as NaN. Under
@@ -223,8 +223,7 @@ FASTLSTM_UNSEEN inline void mma(float (&c)[4], const Vec16& a, uint32_t b0, uint
     } else {
       for (int e = 0; e < 4; ++e)
         A[e % 2 ? group + 8 : group][in_group + (e >= 2 ? 4 : 0)] = bits_as<float>(lanes[i].a[e]);
-      for (int e = 0; e < 2; ++e)
-        B[in_group + (e ? 4 : 0)][group] = bits_as<float>(lanes[i].b[e]);
+      for (int e = 0; e < 2; ++e) B[in_group + (e ? 4 : 0)][group] = bits_as<float>(lanes[i].b[e]);
     }
   }
   for (int e = 0; e < 4; ++e) {

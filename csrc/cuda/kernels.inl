@@ -37,6 +37,8 @@ struct Types<Math::f64> {
   using Sum = double;
 };
 
+constexpr int kBatch = 8;  // loads under way at once, in copies
+
 FASTLSTM_DEVICE int at_most(int value, int most) { return value < most ? value : most; }
 
 template <class Sum>
@@ -138,24 +140,35 @@ struct Block {
       const int fragment = (m / 16 * l.k_steps + step) * kWarp + lane;
       return first[(fragment * 4 + reg) * kPerWord + k % kPerWord];
     } else {
-      return first[m * l.stride + k];
+      return first[m * l.weight_stride + k];
     }
   }
 
-  // Copies this block's part of W_hh into shared memory, padded with zeros, and clears the operands.
+  // Copies this block's part of W_hh into shared memory, padded with zeros, and clears the
+  // operands.
   FASTLSTM_DEVICE void begin() {
     const Storage* const w = static_cast<const Storage*>(p.weight[direction]);
     const int K = kBackward ? 4 * p.H : p.H;
     const int k_padded = l.k_steps * 32 / int(sizeof(Storage));
-    for (int i = thread; i < l.m_rows * k_padded; i += p.threads) {
-      // Neighbouring threads read neighbouring elements of W_hh.
-      const int m = kBackward ? i % l.m_rows : i / k_padded;
-      const int k = kBackward ? i / l.m_rows : i % k_padded;
-      const int gate = kBackward ? 0 : m / p.units, u = kBackward ? m : m % p.units;
-      const bool exists = k < K && u < units && gate < 4;
-      const int64_t from = kBackward ? int64_t(k) * p.H + unit0 + u
-                                     : (int64_t(gate) * p.H + unit0 + u) * p.H + k;
-      weight(m, k) = exists ? for_product<kMath>(w[from]) : Storage{};
+    for (int first = thread; first < l.m_rows * k_padded; first += kBatch * p.threads) {
+      Storage values[kBatch];
+      const auto each = [&](auto&& f) {
+        FASTLSTM_UNROLL
+        for (int j = 0; j < kBatch; ++j) {
+          const int i = first + j * p.threads;
+          // Neighbouring threads read neighbouring elements of W_hh.
+          if (i < l.m_rows * k_padded)
+            f(values[j], kBackward ? i % l.m_rows : i / k_padded,
+              kBackward ? i / l.m_rows : i % k_padded);
+        }
+      };
+      each([&](Storage& value, int m, int k) {
+        const int gate = kBackward ? 0 : m / p.units, u = kBackward ? m : m % p.units;
+        const int64_t from =
+            kBackward ? int64_t(k) * p.H + unit0 + u : (int64_t(gate) * p.H + unit0 + u) * p.H + k;
+        value = k < K && u < units && gate < 4 ? w[from] : Storage{};
+      });
+      each([&](Storage& value, int m, int k) { weight(m, k) = for_product<kMath>(value); });
     }
     for (int i = l.operand / 16 + thread; i < l.partial / 16; i += p.threads)
       reinterpret_cast<Vec16*>(shared)[i] = Vec16{};
@@ -173,7 +186,7 @@ struct Block {
   }
   FASTLSTM_DEVICE Storage* exchanged(int which) const {
     return static_cast<Storage*>(p.exchange) +
-           (int64_t(group) * 2 + which) * l.r_rows * l.stride;
+           (int64_t(group) * 2 + which) * (l.operand_bytes / int(sizeof(Storage)));
   }
 
   // Writes element k of row n of the next operand, for all blocks of the group.
@@ -181,7 +194,8 @@ struct Block {
     const Storage stored = for_product<kMath>(to_storage<Storage>(value));
     const int place = n * l.stride + k;
     if (!p.local) {
-      exchanged(slot ^ 1)[place] = stored;
+      const int k_chunk = l.chunk_steps * 32 / int(sizeof(Storage)), chunk = k / k_chunk;
+      exchanged(slot ^ 1)[(chunk * l.r_rows + n) * l.stride + k - chunk * k_chunk] = stored;
     } else if (p.blocks == 1) {
       operand(slot ^ 1)[place] = stored;
     } else {
@@ -215,33 +229,40 @@ struct Block {
 
   // out = weights * operand^T, as partial sums in shared memory. All threads see them on return.
   FASTLSTM_DEVICE void product() {
-    const Storage* from = operand(slot);
-    if (!p.local) {
-      const Vec16* source = reinterpret_cast<const Vec16*>(exchanged(slot));
-      Vec16* target = reinterpret_cast<Vec16*>(operand(0));
-      FASTLSTM_UNROLL
-      for (int i = thread; i < l.operand_bytes / 16; i += p.threads)
-        target[i] = load_from_l2(source + i);
-      sync_block();
-      from = operand(0);
-    }
-    const int lane = thread % kWarp, g = lane / 4, q = lane % 4;
-    for (int job = thread / kWarp; job < l.m_tiles * l.splits; job += p.threads / kWarp) {
-      const int m = job % l.m_tiles, split = job / l.m_tiles;
-      const int k0 = l.k_steps * split / l.splits, k1 = l.k_steps * (split + 1) / l.splits;
-      for (int n0 = 0; n0 < l.n_tiles; n0 += 4) {
-        Sum sums[4][4] = {};
-        for (int k = k0; k < k1; ++k) multiply(sums, from, m, n0, k, g, q);
-        FASTLSTM_UNROLL
-        for (int j = 0; j < 4; ++j) {
-          if (n0 + j >= l.n_tiles) break;
-          Sum* out = partial(split, (n0 + j) * 8 + 2 * q, m * 16 + g);
-          out[0] = sums[j][0];
-          out[l.m_padded] = sums[j][1];
-          out[8] = sums[j][2];
-          out[l.m_padded + 8] = sums[j][3];
+    for (int chunk = 0; chunk < p.chunks; ++chunk) {
+      if (!p.local) fetch(chunk);
+      const Storage* const from = operand(p.local ? slot : 0);
+      for (int job = thread / kWarp; job < l.m_tiles * l.splits; job += p.threads / kWarp) {
+        const int m = job % l.m_tiles, split = job / l.m_tiles;
+        for (int n = 0; n < l.n_tiles;) {
+          if (l.n_tiles - n >= 4) {
+            tiles<4>(from, chunk, m, n, split);
+            n += 4;
+          } else if (l.n_tiles - n >= 2) {
+            tiles<2>(from, chunk, m, n, split);
+            n += 2;
+          } else {
+            tiles<1>(from, chunk, m, n, split);
+            n += 1;
+          }
         }
       }
+      sync_block();
+    }
+  }
+  // Copies a part of the operand into shared memory, many loads under way at once.
+  FASTLSTM_DEVICE void fetch(int chunk) {
+    const int count = l.chunk_bytes / int(sizeof(Vec16));
+    const Vec16* const from = reinterpret_cast<const Vec16*>(exchanged(slot)) + chunk * count;
+    Vec16* const to = reinterpret_cast<Vec16*>(operand(0));
+    for (int i = thread; i < count; i += kBatch * p.threads) {
+      Vec16 values[kBatch];
+      FASTLSTM_UNROLL
+      for (int j = 0; j < kBatch; ++j)
+        if (i + j * p.threads < count) values[j] = load_from_l2(from + i + j * p.threads);
+      FASTLSTM_UNROLL
+      for (int j = 0; j < kBatch; ++j)
+        if (i + j * p.threads < count) to[i + j * p.threads] = values[j];
     }
     sync_block();
   }
@@ -254,18 +275,54 @@ struct Block {
     return sum;
   }
 
-  // Adds k-step k of the tile of rows m and the four tiles of columns from n0 on. A lane has the
-  // outputs (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1) of each tile, as mma has it.
-  FASTLSTM_DEVICE void multiply(Sum (&sums)[4][4], const Storage* from, int m, int n0, int k, int g,
-                                int q) const {
-    if constexpr (on_tensor_cores(kMath)) {
-      const Vec16 a = reinterpret_cast<const Vec16*>(
-          shared)[(m * l.k_steps + k) * kWarp + thread % kWarp];
-      const int words = l.stride * int(sizeof(Storage)) / 4;
-      const uint32_t* b = reinterpret_cast<const uint32_t*>(from) + (n0 * 8 + g) * words + k * 8 + q;
+  // One warp: the tile of rows m by the kTiles tiles of columns from n on, over the k-steps of a
+  // split. Tensor cores take long for one mma, so four are under way at once: where there are fewer
+  // tiles, several chains over k.
+  // A lane has the outputs (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1) of each tile, where
+  // its index is 4 * g + q, as mma has it. It adds to its own partial sums of the chunks before.
+  template <int kTiles>
+  FASTLSTM_DEVICE void tiles(const Storage* from, int chunk, int m, int n, int split) const {
+    constexpr int kChains = on_tensor_cores(kMath) ? 4 / kTiles : 1;
+    Sum sums[kChains][kTiles][4] = {};
+    const int before = chunk * l.chunk_steps;
+    const int steps = at_most(l.chunk_steps, l.k_steps - before);
+    const int end = steps * (split + 1) / l.splits;
+    int k = steps * split / l.splits;
+    for (; k + kChains <= end; k += kChains) {
       FASTLSTM_UNROLL
-      for (int j = 0; j < 4; ++j)
-        if (n0 + j < l.n_tiles) mma<kMath>(sums[j], a, b[j * 8 * words], b[j * 8 * words + 4]);
+      for (int chain = 0; chain < kChains; ++chain)
+        multiply(sums[chain], from, m, n, before, k + chain);
+    }
+    if constexpr (kChains > 1)
+      for (; k < end; ++k) multiply(sums[0], from, m, n, before, k);
+
+    const int g = thread % kWarp / 4, q = thread % 4;
+    FASTLSTM_UNROLL
+    for (int j = 0; j < kTiles; ++j) {
+      FASTLSTM_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        Sum sum = sums[0][j][e];
+        FASTLSTM_UNROLL
+        for (int chain = 1; chain < kChains; ++chain) sum += sums[chain][j][e];
+        Sum& out = *partial(split, (n + j) * 8 + 2 * q + e % 2, m * 16 + g + e / 2 * 8);
+        out = chunk ? out + sum : sum;
+      }
+    }
+  }
+
+  // Adds k-step k of a chunk, that is before + k of all.
+  template <int kTiles>
+  FASTLSTM_DEVICE void multiply(Sum (&sums)[kTiles][4], const Storage* from, int m, int n,
+                                int before, int k) const {
+    const int lane = thread % kWarp, g = lane / 4, q = lane % 4;
+    if constexpr (on_tensor_cores(kMath)) {
+      const Vec16 a =
+          reinterpret_cast<const Vec16*>(shared)[(m * l.k_steps + before + k) * kWarp + lane];
+      const int words = l.stride * int(sizeof(Storage)) / 4;
+      const uint32_t* b = reinterpret_cast<const uint32_t*>(from) + (n * 8 + g) * words + k * 8 + q;
+      FASTLSTM_UNROLL
+      for (int j = 0; j < kTiles; ++j)
+        mma<kMath>(sums[j], a, b[j * 8 * words], b[j * 8 * words + 4]);
     } else {
       constexpr int kPer16 = 16 / int(sizeof(Storage));
       // Rows beyond the last are the last once more; nobody reads their sums.
@@ -273,16 +330,15 @@ struct Block {
       const int m0 = at_most(m * 16 + g, l.m_rows - 1), m1 = at_most(m * 16 + g + 8, l.m_rows - 1);
       FASTLSTM_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const int at = (2 * k + half) * kPer16;
+        const int at = (2 * k + half) * kPer16, at_w = at + 2 * before * kPer16;
         Storage a0[kPer16], a1[kPer16], b0[kPer16], b1[kPer16];
-        load16(a0, w + m0 * l.stride + at);
-        load16(a1, w + m1 * l.stride + at);
+        load16(a0, w + m0 * l.weight_stride + at_w);
+        load16(a1, w + m1 * l.weight_stride + at_w);
         FASTLSTM_UNROLL
-        for (int j = 0; j < 4; ++j) {
-          const int n = (n0 + j) * 8 + 2 * q;
-          if (n0 + j >= l.n_tiles) break;
-          load16(b0, from + at_most(n, l.r_rows - 1) * l.stride + at);
-          load16(b1, from + at_most(n + 1, l.r_rows - 1) * l.stride + at);
+        for (int j = 0; j < kTiles; ++j) {
+          const int column = (n + j) * 8 + 2 * q;
+          load16(b0, from + at_most(column, l.r_rows - 1) * l.stride + at);
+          load16(b1, from + at_most(column + 1, l.r_rows - 1) * l.stride + at);
           FASTLSTM_UNROLL
           for (int i = 0; i < kPer16; ++i) {
             sums[j][0] = fused(a0[i], b0[i], sums[j][0]);

@@ -46,7 +46,8 @@ FASTLSTM_BOTH constexpr bool on_tensor_cores(Math m) { return m != Math::f32 && 
 struct Recurrence {
   int32_t T = 0, N = 0, H = 0, directions = 1;
   int32_t threads = 0, blocks = 0, units = 0, rows = 0, groups = 0;  // blocks is G, groups in all
-  int32_t local = 0;  // 1: a group is one cluster (or block) and exchanges through shared memory
+  int32_t chunks = 1;  // parts in which the operand comes into shared memory; 1 with `local`
+  int32_t local = 0;   // 1: a group is one cluster (or block) and exchanges through shared memory
 
   // (T+1,) the first row of each time where the batch is ragged, longest sequence first; or null,
   // then row (t, n) is t*N + n. `total` is the number of rows.
@@ -58,14 +59,14 @@ struct Recurrence {
   void* exchange = nullptr;  // (groups, 2, operand of layout()), the state that the product reads
   int32_t* flags = nullptr;  // (groups, flag_stride(G)), the exchanges that each block has finished
 
-  void* gates = nullptr;       // (directions, total, 4H) after their activations; forward: or null
-  void* cells = nullptr;       // (directions, total, H); forward: or null
-  const void* c0 = nullptr;    // (directions, N, H), or null for zeros
-  const void* h0 = nullptr;    // forward: (directions, N, H), or null for zeros
-  const void* gx = nullptr;    // forward: (directions, total, 4H), x W_ih^T and both biases
-  void* y = nullptr;           // forward: (total, directions*H)
-  void* h_n = nullptr;         // forward: (directions, N, H)
-  void* c_n = nullptr;         // forward: (directions, N, H)
+  void* gates = nullptr;     // (directions, total, 4H) after their activations; forward: or null
+  void* cells = nullptr;     // (directions, total, H); forward: or null
+  const void* c0 = nullptr;  // (directions, N, H), or null for zeros
+  const void* h0 = nullptr;  // forward: (directions, N, H), or null for zeros
+  const void* gx = nullptr;  // forward: (directions, total, 4H), x W_ih^T and both biases
+  void* y = nullptr;         // forward: (total, directions*H)
+  void* h_n = nullptr;       // forward: (directions, N, H)
+  void* c_n = nullptr;       // forward: (directions, N, H)
   const void* grad_y = nullptr;  // backward: (total, directions*H), or null for zeros
   const void* grad_h = nullptr;  // backward: (directions, N, H), or null for zeros
   const void* grad_c = nullptr;  // backward: (directions, N, H), or null for zeros
@@ -101,12 +102,15 @@ FASTLSTM_BOTH constexpr int flag_stride(int blocks) { return round_up(blocks, 32
 // It is cut into tiles of 16 x 8 outputs and k-steps of 32 bytes (the shape of one mma), and where
 // there are fewer tiles of rows than warps, over K: `splits` partial sums that the pointwise step
 // adds up in order. Tensor cores read whole tiles, so there weights and operand are padded to them.
+// A group that is no cluster keeps its operands in global memory, in `chunks` parts over K of
+// (r_rows, stride) each; one part at a time is in shared memory.
 struct Layout {
   int m_tiles, n_tiles, k_steps, splits;
-  int m_padded, r_padded;  // of the partial sums
-  int m_rows, r_rows;      // of weights and operand in memory
-  int stride;                          // elements from a row of the operand to the next
-  int operand_bytes;                   // one operand
+  int chunk_steps;                     // k-steps of a part
+  int m_padded, r_padded;              // of the partial sums
+  int m_rows, r_rows;                  // of weights and operand in memory
+  int weight_stride, stride;           // elements from a row to the next, of weights and operand
+  int chunk_bytes, operand_bytes;      // of a part of an operand and of the whole
   int operand, partial, state, bytes;  // where things begin; the weights come first
 };
 
@@ -121,14 +125,17 @@ FASTLSTM_BOTH constexpr Layout layout(const Recurrence& p, Math math, bool backw
   l.m_tiles = l.m_padded / 16;
   l.n_tiles = l.r_padded / 8;
   l.k_steps = (K * size + 31) / 32;
+  l.chunk_steps = (l.k_steps + p.chunks - 1) / p.chunks;
   l.splits = warps / l.m_tiles;
-  l.splits = l.splits < 1 ? 1 : l.splits > l.k_steps ? l.k_steps : l.splits;
+  l.splits = l.splits < 1 ? 1 : l.splits > l.chunk_steps ? l.chunk_steps : l.splits;
   // 16 bytes more than whole k-steps: rows begin 4 banks (mod 8) apart, so that the eight rows of a
   // fragment are read without conflict.
-  l.stride = (l.k_steps * 32 + 16) / size;
-  l.operand_bytes = l.r_rows * l.stride * size;
-  l.operand = l.m_rows * (on_tensor_cores(math) ? l.k_steps * 32 : l.stride * size);
-  l.partial = l.operand + (p.local ? 2 : 1) * l.operand_bytes;
+  l.weight_stride = (l.k_steps * 32 + 16) / size;
+  l.stride = (l.chunk_steps * 32 + 16) / size;
+  l.chunk_bytes = l.r_rows * l.stride * size;
+  l.operand_bytes = p.chunks * l.chunk_bytes;
+  l.operand = l.m_rows * (on_tensor_cores(math) ? l.k_steps * 32 : l.weight_stride * size);
+  l.partial = l.operand + (p.local ? 2 * l.operand_bytes : l.chunk_bytes);
   l.state = l.partial + l.splits * l.r_padded * l.m_padded * sum;
   l.bytes = l.state + 2 * round_up(p.rows * p.units * sum, 16);
   return l;

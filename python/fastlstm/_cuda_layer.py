@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _cuda_plan, _torch
-from ._cuda_plan import THREADS, Device, Plan
+from ._cuda_plan import Device, Plan
 
 try:
     from . import _cuda
@@ -68,9 +68,7 @@ def _index(x: Tensor) -> int:
     return x.device.index or 0
 
 
-def _plan(
-    x: Tensor, N: int, H: int, P: int, directions: int, backward: bool
-) -> tuple[str, Plan]:
+def _plan(x: Tensor, N: int, H: int, P: int, directions: int, backward: bool) -> tuple[str, Plan]:
     math = math_of(x.dtype)
     device = properties(_index(x))
     return math, _cuda_plan.plan(N, H, directions, math, backward, device, P)
@@ -163,6 +161,7 @@ def _launch(
         units=plan.units,
         rows=plan.rows,
         groups=plan.groups,
+        chunks=plan.chunks,
         local=int(plan.path != "grid"),
         offsets=_address(offsets),
         total=rows.total,

@@ -1,4 +1,4 @@
-"""How a pass runs on a CUDA device: a pure function of sizes, arithmetic and the device's properties.
+"""How a pass runs on a CUDA device: a pure function of sizes, arithmetic and device properties.
 
 There are four paths. In the first three one launch walks over all of time, with W_hh held in shared
 memory, and groups of blocks compute slices of the batch:
@@ -29,10 +29,13 @@ ELEMENTS = 4  # most elements of the pointwise step that a thread owns
 CLUSTER = 8  # most blocks of a cluster that every device with clusters runs
 
 # Nanoseconds of a step outside its product, multiply-adds per nanosecond of a multiprocessor, and
-# bytes per nanosecond: estimates.
-_BASE = {"block": 700, "cluster": 1100, "grid": 2000, "steps": 7000}
+# bytes per nanosecond of a multiprocessor: from its shared memory, from the second-level cache
+# alone, and from there with all others. Estimates.
+_BASE = {"block": 600, "cluster": 1000, "grid": 1400, "steps": 7000}
 _PRODUCTS = {"bf16": 900, "f16": 900, "tf32": 450, "f32": 80, "f64": 40}
-_SHARED, _L2 = 200, 60
+_SHARED, _L2, _L2_SHARED = 200, 80, 35
+_CHUNKS = (1, 2, 4, 8)
+_CHUNK = 400  # nanoseconds of one more chunk
 
 
 class Device(NamedTuple):
@@ -54,6 +57,7 @@ class Plan(NamedTuple):
     rows: int
     groups: int
     threads: int
+    chunks: int
     shared_bytes: int
     operand_bytes: int  # of one of a group's two operands in the exchange
     nanoseconds: float  # estimated, for one step
@@ -61,21 +65,28 @@ class Plan(NamedTuple):
 
 
 def memory(
-    math: str, backward: bool, H: int, units: int, rows: int, threads: int, local: bool
+    math: str,
+    backward: bool,
+    H: int,
+    units: int,
+    rows: int,
+    threads: int,
+    chunks: int,
+    local: bool,
 ) -> tuple[int, int]:
     """Return bytes of shared memory of a block and bytes of an operand, as `layout()` does."""
     size = STORAGE[math]
     M, K = (units, 4 * H) if backward else (4 * units, H)
     m_padded, r_padded = _round_up(M, 16), _round_up(rows, 8)
     k_steps = -(-K * size // 32)
-    splits = min(max(threads // 32 // (m_padded // 16), 1), k_steps)
-    row = k_steps * 32 + 16
+    chunk_steps = -(-k_steps // chunks)
+    splits = min(max(threads // 32 // (m_padded // 16), 1), chunk_steps)
     tensor_cores = math in _TENSOR_CORES
-    weights = m_padded * k_steps * 32 if tensor_cores else M * row
-    operand = (r_padded if tensor_cores else rows) * row
+    weights = m_padded * k_steps * 32 if tensor_cores else M * (k_steps * 32 + 16)
+    chunk = (r_padded if tensor_cores else rows) * (chunk_steps * 32 + 16)
     partial = splits * r_padded * m_padded * SUM[math]
     state = 2 * _round_up(rows * units * SUM[math], 16)
-    return weights + (2 if local else 1) * operand + partial + state, operand
+    return weights + (2 if local else 1) * chunk + partial + state, chunks * chunk
 
 
 def flag_stride(blocks: int) -> int:
@@ -103,7 +114,7 @@ def plan(
     device : Device
     """
     steps_cost = _steps_cost(N, H, math, device) * directions
-    steps = Plan("steps", 0, 0, 0, 0, 0, 0, 0, steps_cost, "")
+    steps = Plan("steps", 0, 0, 0, 0, 0, 1, 0, 0, steps_cost, "")
     if P != H:
         return steps._replace(reason="steps: a projection is a second product in each step")
     if device.major < 8:
@@ -144,7 +155,7 @@ def _us(nanoseconds: float) -> str:
 
 def _steps_cost(N: int, H: int, math: str, device: Device) -> float:
     product = 4 * N * H * H / (_PRODUCTS[math] * device.multiprocessors)
-    weights = 4 * H * H * STORAGE[math] / (_L2 * device.multiprocessors)
+    weights = 4 * H * H * STORAGE[math] / (_L2_SHARED * device.multiprocessors)
     return _BASE["steps"] + max(product, weights)
 
 
@@ -167,25 +178,42 @@ def _candidates(
                 if rows * units > ELEMENTS * THREADS:
                     break
                 local = path != "grid"
-                taken, operand = memory(math, backward, H, units, rows, THREADS, local)
-                if taken > device.shared_bytes:
+                for chunks in (1,) if local else _CHUNKS:
+                    sizes = H, units, rows, THREADS, chunks, local
+                    taken, operand = memory(math, backward, *sizes)
+                    if taken <= device.shared_bytes:
+                        break
+                else:
                     break
                 groups = min(slices, max(most, 1))
-                cost = _cost(path, blocks, units, rows, H, math, backward, operand)
+                busy = blocks * groups * directions / device.multiprocessors
+                cost = _cost(path, blocks, units, rows, H, math, backward, operand, busy)
+                cost += _CHUNK * (chunks - 1)
                 cost *= -(-slices // groups)  # slices that a group computes one after the other
-                sizes = blocks, units, rows, groups * directions, THREADS
-                yield Plan(path, *sizes, taken, operand, cost, "")
+                cut = blocks, units, rows, groups * directions, THREADS, chunks
+                yield Plan(path, *cut, taken, operand, cost, "")
                 if slices == 1:
                     break
 
 
 def _cost(
-    path: str, blocks: int, units: int, rows: int, H: int, math: str, backward: bool, operand: int
+    path: str,
+    blocks: int,
+    units: int,
+    rows: int,
+    H: int,
+    math: str,
+    backward: bool,
+    operand: int,
+    busy: float,
 ) -> float:
     M, K = (units, 4 * H) if backward else (4 * units, H)
     m_padded, r_padded = _round_up(M, 16), _round_up(rows, 8)
     product = m_padded * r_padded * K / _PRODUCTS[math]
     weights = m_padded * K * STORAGE[math] * -(-r_padded // 32) / _SHARED
     published = rows * units * (4 if backward else 1)
-    exchange = operand / _L2 if path == "grid" else published * blocks * 4 / THREADS
+    if path == "grid":
+        exchange = operand * max(1 / _L2, busy / _L2_SHARED)
+    else:
+        exchange = published * blocks * 4 / THREADS
     return _BASE[path] + max(product, weights) + exchange

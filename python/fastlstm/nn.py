@@ -185,11 +185,16 @@ class LSTM(torch.nn.LSTM):
         if hx is not None and not isinstance(hx, (tuple, list)):
             return False
         tensors = [input, *(hx or ()), *weights]
-        dtype = input.dtype
-        if dtype not in (torch.float32, torch.float64) or input.dim() not in (2, 3):
+        dtype, device = input.dtype, input.device
+        dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
+        if _cuda_layer.ENABLED and device.type == "cuda":
+            dtypes += _HALF
+        elif device.type != "cpu":
             return False
-        if torch.is_autocast_enabled("cpu") or any(
-            not isinstance(t, Tensor) or t.dtype != dtype or t.device.type != "cpu" for t in tensors
+        if dtype not in dtypes or input.dim() not in (2, 3):
+            return False
+        if torch.is_autocast_enabled(device.type) or any(
+            not isinstance(t, Tensor) or t.dtype != dtype or t.device != device for t in tensors
         ):
             return False
         self._check_weight_shapes(weights)
