@@ -17,7 +17,7 @@ if os.environ.get("FASTLSTM_CUDA_KERNELS") != "1":
     pytest.skip("FASTLSTM_CUDA_KERNELS=1 is not set", allow_module_level=True)
 
 import fastlstm.nn  # noqa: E402
-from fastlstm import _cuda, _cuda_layer, _cuda_plan  # noqa: E402
+from fastlstm import _cuda_layer, _cuda_plan  # noqa: E402
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence  # noqa: E402
 
 MATHS = {
@@ -131,7 +131,7 @@ def test_options(math, options):
 
 
 # Every path at every size that it can hold, whatever the plan would choose.
-@pytest.mark.parametrize("path", ["block", "cluster", "grid", "steps"])
+@pytest.mark.parametrize("path", ["block", "cluster", "grid", "stream", "steps"])
 @pytest.mark.parametrize("sizes", [(6, 3, 2, 7), (9, 20, 5, 72)], ids=str)
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_every_path(math, path, sizes, bidirectional, monkeypatch):
@@ -142,7 +142,7 @@ def test_every_path(math, path, sizes, bidirectional, monkeypatch):
     def plan(x, N, H, P, directions, backward):
         name = _cuda_layer.math_of(x.dtype)
         if path == "steps":
-            return name, _cuda_plan.Plan("steps", 0, 0, 0, 0, 0, 1, 0, 0, 0, "")
+            return name, _cuda_plan.STEPS
         candidates = _cuda_plan._candidates(N, H, directions, name, backward, device)
         return name, max((p for p in candidates if p.path == path), key=lambda p: p.blocks)
 
@@ -167,15 +167,6 @@ def test_packed(math, H, enforce_sorted, bidirectional):
     assert_close(padded[:1], padded[1:], tolerance)
     found = gradients(results[0], [*mine, *ours.parameters()])
     assert_close(found, gradients(results[1], [*other, *theirs.parameters()]), tolerance)
-
-
-def test_memory_is_that_of_the_layout():
-    for math in MATHS:
-        for backward in (False, True):
-            for local in (False, True):
-                fields = {"H": 100, "units": 13, "rows": 9, "threads": 256, "blocks": 8}
-                found = _cuda.memory(math, backward, local=int(local), **fields)
-                assert found[:2] == _cuda_plan.memory(math, backward, 100, 13, 9, 256, 1, local)
 
 
 @pytest.mark.parametrize("batch_first", [False, True])

@@ -61,13 +61,13 @@ def emulated(module, monkeypatch):
     def use(math, path, *, blocks=1, rows=1, per_direction=1, threads=64, chunks=1):
         def plan(x, N, H, P, directions, backward):
             if path == "steps" or H != P:
-                return math, _cuda_plan.Plan("steps", 0, 0, 0, 0, 0, 1, 0, 0, 0, "")
+                return math, _cuda_plan.STEPS
             units = -(-H // blocks)
-            local = path != "grid"
-            sizes = H, units, rows, threads, chunks, local
-            taken, operand = _cuda_plan.memory(math, backward, *sizes)
+            sizes = H, units, rows, threads, chunks, path
+            taken, operand, weights = _cuda_plan.memory(math, backward, *sizes)
             cut = -(-H // units), units, rows, per_direction * directions, threads, chunks
-            return math, _cuda_plan.Plan(path, *cut, taken, operand, 0, "")
+            scratch = weights if path == "stream" else 0
+            return math, _cuda_plan.Plan(path, *cut, taken, operand, scratch, 0, "")
 
         monkeypatch.setattr(_cuda_layer, "_plan", plan)
 
@@ -83,6 +83,8 @@ PLANS = {
     "grid": ("grid", 3, 5, 1, 64),
     "grid, slices in turn": ("grid", 2, 2, 2, 96),
     "grid, in chunks": ("grid", 2, 5, 1, 64, 3),
+    "stream": ("stream", 2, 5, 1, 64),
+    "stream, in chunks": ("stream", 3, 3, 1, 96, 2),
     "steps": ("steps", 1, 1, 1, 64),
 }
 
@@ -271,11 +273,12 @@ def test_nan_stays_in_its_row(emulated):
 @pytest.mark.parametrize("backward", [False, True])
 def test_memory_is_that_of_the_layout(module, math, backward):
     for H, units, rows, threads in ((1, 1, 1, 32), (100, 13, 9, 256), (768, 12, 8, 256)):
-        for chunks, local in ((1, True), (1, False), (3, False)):
-            expected = _cuda_plan.memory(math, backward, H, units, rows, threads, chunks, local)
+        for chunks, path in ((1, "cluster"), (1, "grid"), (3, "grid"), (2, "stream")):
+            expected = _cuda_plan.memory(math, backward, H, units, rows, threads, chunks, path)
             sizes = {"H": H, "units": units, "rows": rows, "threads": threads, "chunks": chunks}
+            sizes |= {"local": int(path == "cluster"), "scratch": 8 * (path == "stream")}
             blocks = -(-H // units)
-            found = module.memory(math, backward, blocks=blocks, local=int(local), **sizes)
+            found = module.memory(math, backward, blocks=blocks, **sizes)
             assert found == (*expected, _cuda_plan.flag_stride(blocks))
 
 

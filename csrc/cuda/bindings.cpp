@@ -100,6 +100,7 @@ void fill(Recurrence& p, Fields& field) {
   field("weight_reverse", p.weight[1]);
   field("exchange", p.exchange);
   field("flags", p.flags);
+  field("scratch", p.scratch);
   field("gates", p.gates);
   field("cells", p.cells);
   field("c0", p.c0);
@@ -147,14 +148,15 @@ void call(const std::string& math, bool backward, int device, std::uintptr_t str
   run(p, m, backward, device, reinterpret_cast<void*>(stream));
 }
 
-// Bytes of shared memory that a block takes, and of one of a group's two operands in the exchange.
+// Bytes of shared memory that a block takes, of one of a group's two operands, of the weights of a
+// block; flags of a group.
 py::tuple memory(const std::string& math, bool backward, const py::kwargs& given) {
   Recurrence p;
   Fields fields(given);
   fill(p, fields);
   fields.finish();
   const Layout l = layout(p, math_of(math), backward);
-  return py::make_tuple(l.bytes, l.operand_bytes, flag_stride(p.blocks));
+  return py::make_tuple(l.bytes, l.operand_bytes, l.weight_bytes, flag_stride(p.blocks));
 }
 
 }  // namespace

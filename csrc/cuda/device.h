@@ -23,15 +23,16 @@ FASTLSTM_DEVICE char* shared_memory() {
 
 FASTLSTM_DEVICE void sync_block() { __syncthreads(); }
 
-// Clusters: from compute capability 9.0 on; the plan asks for none below.
+// Clusters: from compute capability 9.0 on; the plan asks for none below. Not `.aligned`, since the
+// threads of a warp may come from different branches.
 FASTLSTM_DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #endif
 }
 FASTLSTM_DEVICE void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 // The same place in the shared memory of block `rank` of the cluster.
@@ -62,8 +63,15 @@ FASTLSTM_DEVICE Vec16 load_from_l2(const Vec16* place) {
 }
 
 template <class T>
-FASTLSTM_DEVICE void load16(T (&to)[16 / sizeof(T)], const T* from) {
-  reinterpret_cast<Vec16&>(to) = *reinterpret_cast<const Vec16*>(from);
+FASTLSTM_DEVICE Vec16 load16(const T* from) {
+  return *reinterpret_cast<const Vec16*>(from);
+}
+FASTLSTM_DEVICE void unpack(float (&to)[4], const Vec16& v) {
+  for (int i = 0; i < 4; ++i) to[i] = __uint_as_float(v.words[i]);
+}
+FASTLSTM_DEVICE void unpack(double (&to)[2], const Vec16& v) {
+  for (int i = 0; i < 2; ++i)
+    to[i] = __hiloint2double(int(v.words[2 * i + 1]), int(v.words[2 * i]));
 }
 
 FASTLSTM_DEVICE float to_sum(Bf16 v) { return __uint_as_float(uint32_t(v.bits) << 16); }

@@ -139,8 +139,12 @@ inline void wait_acquire(const int32_t* flag, int32_t value) {
 }
 inline Vec16 load_from_l2(const Vec16* place) { return *place; }
 template <class T>
-inline void load16(T (&to)[16 / sizeof(T)], const T* from) {
-  for (size_t i = 0; i < 16 / sizeof(T); ++i) to[i] = from[i];
+inline Vec16 load16(const T* from) {
+  return *reinterpret_cast<const Vec16*>(from);
+}
+template <class T>
+inline void unpack(T (&to)[16 / sizeof(T)], const Vec16& v) {
+  std::memcpy(to, &v, sizeof(v));
 }
 
 template <class To, class From>

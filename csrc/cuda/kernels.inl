@@ -128,11 +128,19 @@ struct Block {
     return p.offsets ? int(p.offsets[t + 1] - p.offsets[t]) : p.N;
   }
 
+  FASTLSTM_DEVICE char* scratch() const {
+    return static_cast<char*>(p.scratch) + int64_t(block_index()) * l.weight_bytes;
+  }
+  // 16 bytes of the weights.
+  FASTLSTM_DEVICE Vec16 weight16(int place) const {
+    return p.scratch ? load_from_l2(reinterpret_cast<const Vec16*>(scratch()) + place)
+                     : reinterpret_cast<const Vec16*>(shared)[place];
+  }
   // Where element (m, k) of the weights lies. On tensor cores: in the order in which a lane's four
   // registers of the A fragment of one mma are read, as one 16-byte load; each register holds the
   // words (row g, word t), (g + 8, t), (g, t + 4), (g + 8, t + 4), where lane = 4 * g + t.
   FASTLSTM_DEVICE Storage& weight(int m, int k) const {
-    Storage* const first = reinterpret_cast<Storage*>(shared);
+    Storage* const first = reinterpret_cast<Storage*>(p.scratch ? scratch() : shared);
     if constexpr (on_tensor_cores(kMath)) {
       constexpr int kPerWord = 4 / int(sizeof(Storage));
       const int word = k / kPerWord, step = word / 8;
@@ -316,8 +324,7 @@ struct Block {
                                 int before, int k) const {
     const int lane = thread % kWarp, g = lane / 4, q = lane % 4;
     if constexpr (on_tensor_cores(kMath)) {
-      const Vec16 a =
-          reinterpret_cast<const Vec16*>(shared)[(m * l.k_steps + before + k) * kWarp + lane];
+      const Vec16 a = weight16((m * l.k_steps + before + k) * kWarp + lane);
       const int words = l.stride * int(sizeof(Storage)) / 4;
       const uint32_t* b = reinterpret_cast<const uint32_t*>(from) + (n * 8 + g) * words + k * 8 + q;
       FASTLSTM_UNROLL
@@ -326,19 +333,19 @@ struct Block {
     } else {
       constexpr int kPer16 = 16 / int(sizeof(Storage));
       // Rows beyond the last are the last once more; nobody reads their sums.
-      const Storage* const w = reinterpret_cast<const Storage*>(shared);
+      const int row16 = l.weight_stride / kPer16;
       const int m0 = at_most(m * 16 + g, l.m_rows - 1), m1 = at_most(m * 16 + g + 8, l.m_rows - 1);
       FASTLSTM_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const int at = (2 * k + half) * kPer16, at_w = at + 2 * before * kPer16;
+        const int at = (2 * k + half) * kPer16, at16 = 2 * (before + k) + half;
         Storage a0[kPer16], a1[kPer16], b0[kPer16], b1[kPer16];
-        load16(a0, w + m0 * l.weight_stride + at_w);
-        load16(a1, w + m1 * l.weight_stride + at_w);
+        unpack(a0, weight16(m0 * row16 + at16));
+        unpack(a1, weight16(m1 * row16 + at16));
         FASTLSTM_UNROLL
         for (int j = 0; j < kTiles; ++j) {
           const int column = (n + j) * 8 + 2 * q;
-          load16(b0, from + at_most(column, l.r_rows - 1) * l.stride + at);
-          load16(b1, from + at_most(column + 1, l.r_rows - 1) * l.stride + at);
+          unpack(b0, load16(from + at_most(column, l.r_rows - 1) * l.stride + at));
+          unpack(b1, load16(from + at_most(column + 1, l.r_rows - 1) * l.stride + at));
           FASTLSTM_UNROLL
           for (int i = 0; i < kPer16; ++i) {
             sums[j][0] = fused(a0[i], b0[i], sums[j][0]);

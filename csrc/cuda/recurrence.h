@@ -59,6 +59,10 @@ struct Recurrence {
   void* exchange = nullptr;  // (groups, 2, operand of layout()), the state that the product reads
   int32_t* flags = nullptr;  // (groups, flag_stride(G)), the exchanges that each block has finished
 
+  // Memory for the weights where shared memory does not hold them, (blocks in all, weight_bytes of
+  // layout()), or null.
+  void* scratch = nullptr;
+
   void* gates = nullptr;     // (directions, total, 4H) after their activations; forward: or null
   void* cells = nullptr;     // (directions, total, H); forward: or null
   const void* c0 = nullptr;  // (directions, N, H), or null for zeros
@@ -106,11 +110,12 @@ FASTLSTM_BOTH constexpr int flag_stride(int blocks) { return round_up(blocks, 32
 // (r_rows, stride) each; one part at a time is in shared memory.
 struct Layout {
   int m_tiles, n_tiles, k_steps, splits;
-  int chunk_steps;                     // k-steps of a part
-  int m_padded, r_padded;              // of the partial sums
-  int m_rows, r_rows;                  // of weights and operand in memory
-  int weight_stride, stride;           // elements from a row to the next, of weights and operand
-  int chunk_bytes, operand_bytes;      // of a part of an operand and of the whole
+  int chunk_steps;                 // k-steps of a part
+  int m_padded, r_padded;          // of the partial sums
+  int m_rows, r_rows;              // of weights and operand in memory
+  int weight_stride, stride;       // elements from a row to the next, of weights and operand
+  int chunk_bytes, operand_bytes;  // of a part of an operand and of the whole
+  int weight_bytes;
   int operand, partial, state, bytes;  // where things begin; the weights come first
 };
 
@@ -134,7 +139,8 @@ FASTLSTM_BOTH constexpr Layout layout(const Recurrence& p, Math math, bool backw
   l.stride = (l.chunk_steps * 32 + 16) / size;
   l.chunk_bytes = l.r_rows * l.stride * size;
   l.operand_bytes = p.chunks * l.chunk_bytes;
-  l.operand = l.m_rows * (on_tensor_cores(math) ? l.k_steps * 32 : l.weight_stride * size);
+  l.weight_bytes = l.m_rows * (on_tensor_cores(math) ? l.k_steps * 32 : l.weight_stride * size);
+  l.operand = p.scratch ? 0 : l.weight_bytes;
   l.partial = l.operand + (p.local ? 2 * l.operand_bytes : l.chunk_bytes);
   l.state = l.partial + l.splits * l.r_padded * l.m_padded * sum;
   l.bytes = l.state + 2 * round_up(p.rows * p.units * sum, 16);

@@ -139,7 +139,8 @@ def _launch(
     """Run a recurrence over all of T."""
     offsets = rows.offsets(x)
     flags = exchange = 0
-    if plan.path == "grid":
+    scratch = x.new_empty(plan.groups * plan.blocks * plan.scratch_bytes, dtype=torch.uint8)
+    if not plan.local:
         flag_bytes = 4 * plan.groups * _cuda_plan.flag_stride(plan.blocks)
         memory = torch.zeros(
             flag_bytes + plan.groups * 2 * plan.operand_bytes, dtype=torch.uint8, device=x.device
@@ -162,13 +163,14 @@ def _launch(
         rows=plan.rows,
         groups=plan.groups,
         chunks=plan.chunks,
-        local=int(plan.path != "grid"),
+        local=int(plan.local),
         offsets=_address(offsets),
         total=rows.total,
         weight=_address(weights[0]),
         weight_reverse=_address(weights[-1]),
         exchange=exchange,
         flags=flags,
+        scratch=_address(scratch) if plan.scratch_bytes else 0,
         **{name: _address(tensor) for name, tensor in tensors.items()},
     )
 

@@ -1,14 +1,15 @@
 """How a pass runs on a CUDA device: a pure function of sizes, arithmetic and device properties.
 
-There are four paths. In the first three one launch walks over all of time, with W_hh held in shared
-memory, and groups of blocks compute slices of the batch:
+There are five paths. In the first four one launch walks over all of time, and groups of blocks,
+each block with some hidden units, compute slices of the batch:
 
-- ``block``: one block holds all of W_hh;
-- ``cluster``: up to eight blocks, which exchange h through each other's shared memory (compute
-  capability 9 and up);
-- ``grid``: any number of blocks, which exchange h through the second-level cache;
-- ``steps``: where W_hh does not fit or it is estimated to be faster, and with projections: for each
-  step a matrix product of torch and one pointwise kernel.
+- ``block``: one block holds all of W_hh in its shared memory;
+- ``cluster``: up to eight blocks hold it, which exchange h through each other's shared memory
+  (compute capability 9 and up);
+- ``grid``: any number of blocks hold it, which exchange h through the second-level cache;
+- ``stream``: the same with W_hh read from the second-level cache in every step;
+- ``steps``: with projections, and where it is estimated to be faster: for each step a matrix
+  product of torch and one pointwise kernel.
 
 The least estimated time decides. The estimates come from data sheets, not from measurements.
 """
@@ -31,7 +32,7 @@ CLUSTER = 8  # most blocks of a cluster that every device with clusters runs
 # Nanoseconds of a step outside its product, multiply-adds per nanosecond of a multiprocessor, and
 # bytes per nanosecond of a multiprocessor: from its shared memory, from the second-level cache
 # alone, and from there with all others. Estimates.
-_BASE = {"block": 600, "cluster": 1000, "grid": 1400, "steps": 7000}
+_BASE = {"block": 600, "cluster": 1000, "grid": 1400, "stream": 1800, "steps": 7000}
 _PRODUCTS = {"bf16": 900, "f16": 900, "tf32": 450, "f32": 80, "f64": 40}
 _SHARED, _L2, _L2_SHARED = 200, 80, 35
 _CHUNKS = (1, 2, 4, 8)
@@ -60,8 +61,17 @@ class Plan(NamedTuple):
     chunks: int
     shared_bytes: int
     operand_bytes: int  # of one of a group's two operands in the exchange
+    scratch_bytes: int  # of the weights of a block where shared memory does not hold them
     nanoseconds: float  # estimated, for one step
     reason: str
+
+    @property
+    def local(self) -> bool:
+        """Whether a group exchanges through shared memory."""
+        return self.path in ("block", "cluster")
+
+
+STEPS = Plan("steps", 0, 0, 0, 0, 0, 1, 0, 0, 0, 0.0, "")
 
 
 def memory(
@@ -72,9 +82,9 @@ def memory(
     rows: int,
     threads: int,
     chunks: int,
-    local: bool,
-) -> tuple[int, int]:
-    """Return bytes of shared memory of a block and bytes of an operand, as `layout()` does."""
+    path: str,
+) -> tuple[int, int, int]:
+    """Return bytes of a block's shared memory, of an operand, of a block's weights: `layout()`."""
     size = STORAGE[math]
     M, K = (units, 4 * H) if backward else (4 * units, H)
     m_padded, r_padded = _round_up(M, 16), _round_up(rows, 8)
@@ -86,7 +96,9 @@ def memory(
     chunk = (r_padded if tensor_cores else rows) * (chunk_steps * 32 + 16)
     partial = splits * r_padded * m_padded * SUM[math]
     state = 2 * _round_up(rows * units * SUM[math], 16)
-    return weights + (2 if local else 1) * chunk + partial + state, chunks * chunk
+    operands = chunk if path in ("grid", "stream") else 2 * chunk
+    held = 0 if path == "stream" else weights
+    return held + operands + partial + state, chunks * chunk, weights
 
 
 def flag_stride(blocks: int) -> int:
@@ -114,20 +126,15 @@ def plan(
     device : Device
     """
     steps_cost = _steps_cost(N, H, math, device) * directions
-    steps = Plan("steps", 0, 0, 0, 0, 0, 1, 0, 0, steps_cost, "")
+    steps = STEPS._replace(nanoseconds=steps_cost)
     if P != H:
         return steps._replace(reason="steps: a projection is a second product in each step")
     if device.major < 8:
         return steps._replace(reason="steps: compute capability 8.0 is the least for the others")
-    candidates = list(_candidates(N, H, directions, math, backward, device))
-    if not candidates:
-        need = 4 * H * H * STORAGE[math] * directions
-        have = device.shared_bytes * device.multiprocessors
-        return steps._replace(
-            reason=f"steps: W_hh takes {_kib(need)} and its exchange some more; the "
-            f"{device.multiprocessors} multiprocessors have {_kib(have)} of shared memory"
-        )
-    best = min(candidates, key=lambda p: (p.nanoseconds, p.blocks * p.groups))
+    candidates = _candidates(N, H, directions, math, backward, device)
+    best = min(candidates, key=lambda p: (p.nanoseconds, p.blocks * p.groups), default=None)
+    if best is None:
+        return steps._replace(reason="steps: no other path has room for its exchange")
     if steps_cost < best.nanoseconds:
         return steps._replace(
             reason=f"steps: estimated {_us(steps_cost)} a step against "
@@ -136,10 +143,11 @@ def plan(
     among = {"block": "one block", "cluster": f"clusters of {best.blocks} blocks"}.get(
         best.path, f"groups of {best.blocks} blocks"
     )
+    where = "in the second-level cache" if best.path == "stream" else "in shared memory"
     reason = (
-        f"{best.path}: {best.groups} x {among}, each block with {best.units} units of W_hh in "
-        f"{_kib(best.shared_bytes)} of shared memory (of {_kib(device.shared_bytes)}), {best.rows} "
-        f"batch rows at a time; estimated {_us(best.nanoseconds)} a step against "
+        f"{best.path}: {best.groups} x {among}, each with {best.units} units of W_hh {where}, "
+        f"{best.rows} batch rows at a time and {_kib(best.shared_bytes)} of shared memory (of "
+        f"{_kib(device.shared_bytes)}); estimated {_us(best.nanoseconds)} a step against "
         f"{_us(steps_cost)} step by step"
     )
     return best._replace(reason=reason)
@@ -164,23 +172,23 @@ def _candidates(
 ) -> Iterator[Plan]:
     for units in sorted({-(-H // b) for b in range(1, min(H, device.multiprocessors) + 1)}):
         blocks = -(-H // units)
-        for path in ("block", "cluster", "grid"):
-            if blocks > (1 if path == "block" else CLUSTER) and path != "grid":
+        for path in ("block",) if blocks == 1 else ("cluster", "grid", "stream"):
+            if path == "cluster" and (blocks > CLUSTER or device.major < 9):
                 continue
-            if (path == "block") != (blocks == 1) or (path == "cluster" and device.major < 9):
-                continue
+            local = path in ("block", "cluster")
             most = device.multiprocessors // (blocks * directions)
-            if path == "grid" and (not device.cooperative or most < 1):
+            if not local and (not device.cooperative or most < 1):
                 continue
+            if path == "stream":
+                most = 1  # more groups would read more weights
             for tall in (1, 2, 4, 8, 16, 32, 64, 128):
                 slices = -(-N // tall)
                 rows = -(-N // slices)
                 if rows * units > ELEMENTS * THREADS:
                     break
-                local = path != "grid"
                 for chunks in (1,) if local else _CHUNKS:
-                    sizes = H, units, rows, THREADS, chunks, local
-                    taken, operand = memory(math, backward, *sizes)
+                    sizes = H, units, rows, THREADS, chunks, path
+                    taken, operand, weights = memory(math, backward, *sizes)
                     if taken <= device.shared_bytes:
                         break
                 else:
@@ -191,7 +199,8 @@ def _candidates(
                 cost += _CHUNK * (chunks - 1)
                 cost *= -(-slices // groups)  # slices that a group computes one after the other
                 cut = blocks, units, rows, groups * directions, THREADS, chunks
-                yield Plan(path, *cut, taken, operand, cost, "")
+                scratch = weights if path == "stream" else 0
+                yield Plan(path, *cut, taken, operand, scratch, cost, "")
                 if slices == 1:
                     break
 
@@ -210,10 +219,12 @@ def _cost(
     M, K = (units, 4 * H) if backward else (4 * units, H)
     m_padded, r_padded = _round_up(M, 16), _round_up(rows, 8)
     product = m_padded * r_padded * K / _PRODUCTS[math]
-    weights = m_padded * K * STORAGE[math] * -(-r_padded // 32) / _SHARED
+    weights = m_padded * K * STORAGE[math] * -(-r_padded // 32)
+    per_byte = max(1 / _L2, busy / _L2_SHARED)  # from the second-level cache
+    reads = weights * per_byte if path == "stream" else weights / _SHARED
     published = rows * units * (4 if backward else 1)
-    if path == "grid":
-        exchange = operand * max(1 / _L2, busy / _L2_SHARED)
+    if path in ("grid", "stream"):
+        exchange = operand * per_byte
     else:
         exchange = published * blocks * 4 / THREADS
-    return _BASE[path] + max(product, weights) + exchange
+    return _BASE[path] + max(product, reads) + exchange
