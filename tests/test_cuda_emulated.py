@@ -186,10 +186,11 @@ def test_projections(emulated, bias, lengths):
 @pytest.mark.parametrize("threads", [32, 256])
 def test_many_tiles(emulated, math, threads):
     """More tiles than warps, more warps than tiles; five tiles of columns; several k-steps."""
-    emulated(math, "block", rows=37, threads=threads) if threads == 256 else emulated(
-        math, "grid", blocks=5, rows=16, threads=threads, per_direction=2
-    )
-    check({"T": 2, "N": 37, "D": 2, "H": 27 if threads == 256 else 33}, math)
+    if threads == 32:
+        emulated(math, "grid", blocks=5, rows=9, threads=threads, per_direction=2)
+    else:
+        emulated(math, "block", rows=37, threads=threads)
+    check({"T": 2, "N": 37, "D": 2, "H": 33 if threads == 32 else 13}, math)
 
 
 def test_a_real_plan(emulated):

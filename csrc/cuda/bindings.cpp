@@ -40,7 +40,7 @@ void check(const Recurrence& p, bool backward) {
              int64_t(p.blocks - 1) * p.units < p.H,
          "blocks, units: expected just enough blocks for all units");
   expect(p.rows > 0 && int64_t(p.rows) * p.units <= int64_t(kElements) * p.threads,
-         "rows: expected rows * units <= 4 * threads");
+         "rows: expected rows * units <= 2 * threads");
   expect(p.groups > 0 && p.groups % p.directions == 0, "groups: expected a multiple of directions");
   expect(p.chunks > 0 && (p.chunks == 1 || !p.local), "chunks: expected 1 with local");
   expect(p.local || (p.exchange && p.flags), "exchange, flags: expected memory");

@@ -47,9 +47,9 @@ FASTLSTM_DEVICE Sum sigmoid(Sum z) {
 }
 
 // An element of a tensor that may be absent, then 0.
-template <class Sum, class Storage>
-FASTLSTM_DEVICE Sum read(const void* tensor, int64_t place) {
-  return tensor ? to_sum(static_cast<const Storage*>(tensor)[place]) : Sum(0);
+template <class Storage>
+FASTLSTM_DEVICE Storage read(const void* tensor, int64_t place) {
+  return tensor ? static_cast<const Storage*>(tensor)[place] : Storage{};
 }
 template <class Storage, class Sum>
 FASTLSTM_DEVICE void write(void* tensor, int64_t place, Sum value) {
@@ -371,7 +371,9 @@ FASTLSTM_DEVICE void recurrence_forward(const Recurrence& p) {
   const int slices = (p.N + p.rows - 1) / p.rows;
   for (int slice = b.group / p.directions; slice < slices; slice += p.groups / p.directions) {
     const int n0 = slice * p.rows, rows = p.N - n0 < p.rows ? p.N - n0 : p.rows;
-    Sum z[kElements][4];  // of the next step, loaded early: the input's part of the gates
+    // Of the next step, on its way while the group meets: the input's part of the gates. It is
+    // converted only where it is needed, since that would wait for it.
+    Storage in[kElements][4];
     const auto load = [&](int s) {
       const int t = d ? p.T - 1 - s : s, active = b.active(t) - n0;
       const int64_t row = d * p.total + b.first_row(t) + n0;
@@ -381,7 +383,7 @@ FASTLSTM_DEVICE void recurrence_forward(const Recurrence& p) {
         if (!at.exists || at.n >= active) continue;
         FASTLSTM_UNROLL
         for (int k = 0; k < 4; ++k)
-          z[e][k] = read<Sum, Storage>(p.gx, (row + at.n) * 4 * H + k * H + b.unit0 + at.u);
+          in[e][k] = read<Storage>(p.gx, (row + at.n) * 4 * H + k * H + b.unit0 + at.u);
       }
     };
 
@@ -390,8 +392,8 @@ FASTLSTM_DEVICE void recurrence_forward(const Recurrence& p) {
       const auto at = b.place(e, rows);
       if (!at.exists) continue;
       const int64_t place = (int64_t(d) * p.N + n0 + at.n) * H + b.unit0 + at.u;
-      b.state(e, 0) = read<Sum, Storage>(p.c0, place);
-      b.state(e, 1) = read<Sum, Storage>(p.h0, place);
+      b.state(e, 0) = to_sum(read<Storage>(p.c0, place));
+      b.state(e, 1) = to_sum(read<Storage>(p.h0, place));
       b.publish(at.n, b.unit0 + at.u, b.state(e, 1));
     }
     b.arrive();
@@ -402,13 +404,15 @@ FASTLSTM_DEVICE void recurrence_forward(const Recurrence& p) {
       const int t = d ? p.T - 1 - s : s, active = b.active(t) - n0;
       const int64_t row = b.first_row(t) + n0;
       b.product();
+      Sum z[kElements][4];
       FASTLSTM_UNROLL
       for (int e = 0; e < kElements; ++e) {
         const auto at = b.place(e, rows);
         if (!at.exists) continue;
         if (at.n < active) {
           FASTLSTM_UNROLL
-          for (int k = 0; k < 4; ++k) z[e][k] += b.product_at(at.n, k * p.units + at.u);
+          for (int k = 0; k < 4; ++k)
+            z[e][k] = to_sum(in[e][k]) + b.product_at(at.n, k * p.units + at.u);
           b.state(e, 1) = cell_forward(z[e], b.state(e, 0));
         }
         b.publish(at.n, b.unit0 + at.u, b.state(e, 1));
@@ -454,7 +458,7 @@ FASTLSTM_DEVICE void recurrence_backward(const Recurrence& p) {
   const int slices = (p.N + p.rows - 1) / p.rows;
   for (int slice = b.group / p.directions; slice < slices; slice += p.groups / p.directions) {
     const int n0 = slice * p.rows, rows = p.N - n0 < p.rows ? p.N - n0 : p.rows;
-    Sum z[kElements][4], c[kElements], c_before[kElements], grad[kElements];
+    Storage gates[kElements][4], c[kElements], c_before[kElements], grad[kElements];
     const auto load = [&](int s) {
       const int t = d ? s : p.T - 1 - s, active = b.active(t) - n0;
       const int before = d ? t + 1 : t - 1;  // the time whose state step t started from
@@ -470,13 +474,12 @@ FASTLSTM_DEVICE void recurrence_backward(const Recurrence& p) {
         const int64_t kept = d * p.total + row + at.n;
         FASTLSTM_UNROLL
         for (int k = 0; k < 4; ++k)
-          z[e][k] = read<Sum, Storage>(p.gates, kept * 4 * H + k * H + unit);
-        c[e] = read<Sum, Storage>(p.cells, kept * H + unit);
-        c_before[e] =
-            at.n < active_before
-                ? read<Sum, Storage>(p.cells, (d * p.total + row_before + at.n) * H + unit)
-                : read<Sum, Storage>(p.c0, (int64_t(d) * p.N + n0 + at.n) * H + unit);
-        grad[e] = read<Sum, Storage>(p.grad_y, ((row + at.n) * p.directions + d) * H + unit);
+          gates[e][k] = read<Storage>(p.gates, kept * 4 * H + k * H + unit);
+        c[e] = read<Storage>(p.cells, kept * H + unit);
+        c_before[e] = at.n < active_before
+                          ? read<Storage>(p.cells, (d * p.total + row_before + at.n) * H + unit)
+                          : read<Storage>(p.c0, (int64_t(d) * p.N + n0 + at.n) * H + unit);
+        grad[e] = read<Storage>(p.grad_y, ((row + at.n) * p.directions + d) * H + unit);
       }
     };
 
@@ -485,8 +488,8 @@ FASTLSTM_DEVICE void recurrence_backward(const Recurrence& p) {
       const auto at = b.place(e, rows);
       if (!at.exists) continue;
       const int64_t place = (int64_t(d) * p.N + n0 + at.n) * H + b.unit0 + at.u;
-      b.state(e, 0) = read<Sum, Storage>(p.grad_c, place);
-      b.state(e, 1) = read<Sum, Storage>(p.grad_h, place);
+      b.state(e, 0) = to_sum(read<Storage>(p.grad_c, place));
+      b.state(e, 1) = to_sum(read<Storage>(p.grad_h, place));
       FASTLSTM_UNROLL
       for (int k = 0; k < 4; ++k) b.publish(at.n, k * H + b.unit0 + at.u, Sum(0));
     }
@@ -498,17 +501,22 @@ FASTLSTM_DEVICE void recurrence_backward(const Recurrence& p) {
       const int t = d ? s : p.T - 1 - s, active = b.active(t) - n0;
       const int64_t row = d * p.total + b.first_row(t) + n0;
       b.product();
+      Sum z[kElements][4] = {};
       FASTLSTM_UNROLL
       for (int e = 0; e < kElements; ++e) {
         const auto at = b.place(e, rows);
         if (!at.exists) continue;
         const Sum dh = b.state(e, 1) + b.product_at(at.n, at.u);
         const bool takes_part = at.n < active;
-        if (takes_part) cell_backward(z[e], c[e], c_before[e], dh + grad[e], b.state(e, 0));
+        if (takes_part) {
+          FASTLSTM_UNROLL
+          for (int k = 0; k < 4; ++k) z[e][k] = to_sum(gates[e][k]);
+          cell_backward(z[e], to_sum(c[e]), to_sum(c_before[e]), dh + to_sum(grad[e]),
+                        b.state(e, 0));
+        }
         b.state(e, 1) = takes_part ? Sum(0) : dh;
         FASTLSTM_UNROLL
-        for (int k = 0; k < 4; ++k)
-          b.publish(at.n, k * H + b.unit0 + at.u, takes_part ? z[e][k] : Sum(0));
+        for (int k = 0; k < 4; ++k) b.publish(at.n, k * H + b.unit0 + at.u, z[e][k]);
       }
       b.arrive();
       FASTLSTM_UNROLL
@@ -545,7 +553,7 @@ FASTLSTM_DEVICE void step_forward(const Pointwise& p) {
   if (i >= int64_t(p.n) * p.H) return;
   const int64_t n = i / p.H, u = i % p.H;
   Sum z[4];
-  for (int k = 0; k < 4; ++k) z[k] = read<Sum, Storage>(p.z, n * 4 * p.H + k * p.H + u);
+  for (int k = 0; k < 4; ++k) z[k] = to_sum(read<Storage>(p.z, n * 4 * p.H + k * p.H + u));
   Sum& c = static_cast<Sum*>(p.c)[i];
   const Sum h = cell_forward(z, c);
   write<Storage>(p.h, i, h);
@@ -562,10 +570,11 @@ FASTLSTM_DEVICE void step_backward(const Pointwise& p) {
   if (i >= int64_t(p.n) * p.H) return;
   const int64_t n = i / p.H, u = i % p.H;
   Sum z[4];
-  for (int k = 0; k < 4; ++k) z[k] = read<Sum, Storage>(p.gates, n * 4 * p.H + k * p.H + u);
-  const Sum c_before = read<Sum, Storage>(n < p.before ? p.cells_before : p.c0, i);
-  const Sum dh = read<Sum, Storage>(p.dh, i) + read<Sum, Storage>(p.grad_y, n * p.y_stride + u);
-  cell_backward(z, read<Sum, Storage>(p.cells, i), c_before, dh, static_cast<Sum*>(p.c)[i]);
+  for (int k = 0; k < 4; ++k) z[k] = to_sum(read<Storage>(p.gates, n * 4 * p.H + k * p.H + u));
+  const Sum c_before = to_sum(read<Storage>(n < p.before ? p.cells_before : p.c0, i));
+  const Sum dh =
+      to_sum(read<Storage>(p.dh, i)) + to_sum(read<Storage>(p.grad_y, n * p.y_stride + u));
+  cell_backward(z, to_sum(read<Storage>(p.cells, i)), c_before, dh, static_cast<Sum*>(p.c)[i]);
   for (int k = 0; k < 4; ++k) write<Storage>(p.dz, n * 4 * p.H + k * p.H + u, z[k]);
 }
 

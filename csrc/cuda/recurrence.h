@@ -16,7 +16,7 @@ namespace fastlstm::cuda {
 
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 256;
-constexpr int kElements = 4;  // most elements of the pointwise step that a thread owns
+constexpr int kElements = 2;  // most elements of the pointwise step that a thread owns
 
 // The arithmetic of a kernel: dtype in memory, dtype of sums, and who multiplies.
 enum class Math { bf16, f16, tf32, f32, f64 };

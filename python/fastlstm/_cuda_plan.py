@@ -26,13 +26,13 @@ SUM = {"bf16": 4, "f16": 4, "tf32": 4, "f32": 4, "f64": 8}
 _TENSOR_CORES = ("bf16", "f16", "tf32")
 
 THREADS = 256
-ELEMENTS = 4  # most elements of the pointwise step that a thread owns
-CLUSTER = 8  # most blocks of a cluster that every device with clusters runs
+ELEMENTS = 2  # most elements of the pointwise step that a thread owns
+CLUSTERS = (2, 4, 8)  # blocks of a cluster, up to what every device with clusters runs
 
 # Nanoseconds of a step outside its product, multiply-adds per nanosecond of a multiprocessor, and
 # bytes per nanosecond of a multiprocessor: from its shared memory, from the second-level cache
-# alone, and from there with all others. Estimates.
-_BASE = {"block": 600, "cluster": 1000, "grid": 1400, "stream": 1800, "steps": 7000}
+# alone, and from there with all others. Estimates; step by step the host is what takes time.
+_BASE = {"block": 600, "cluster": 1000, "grid": 1400, "stream": 1800, "steps": 20000}
 _PRODUCTS = {"bf16": 900, "f16": 900, "tf32": 450, "f32": 80, "f64": 40}
 _SHARED, _L2, _L2_SHARED = 200, 80, 35
 _CHUNKS = (1, 2, 4, 8)
@@ -170,10 +170,12 @@ def _steps_cost(N: int, H: int, math: str, device: Device) -> float:
 def _candidates(
     N: int, H: int, directions: int, math: str, backward: bool, device: Device
 ) -> Iterator[Plan]:
+    # Tensor cores compute eight rows at the price of one.
+    tiles = (8, 16, 32, 64, 128) if math in _TENSOR_CORES else (1, 2, 4, 8, 16, 32, 64, 128)
     for units in sorted({-(-H // b) for b in range(1, min(H, device.multiprocessors) + 1)}):
         blocks = -(-H // units)
         for path in ("block",) if blocks == 1 else ("cluster", "grid", "stream"):
-            if path == "cluster" and (blocks > CLUSTER or device.major < 9):
+            if path == "cluster" and (blocks not in CLUSTERS or device.major < 9):
                 continue
             local = path in ("block", "cluster")
             most = device.multiprocessors // (blocks * directions)
@@ -181,7 +183,7 @@ def _candidates(
                 continue
             if path == "stream":
                 most = 1  # more groups would read more weights
-            for tall in (1, 2, 4, 8, 16, 32, 64, 128):
+            for tall in tiles:
                 slices = -(-N // tall)
                 rows = -(-N // slices)
                 if rows * units > ELEMENTS * THREADS:
