@@ -9,6 +9,7 @@ The kernels have not yet run on a GPU, so they are used only where the environme
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from functools import lru_cache
@@ -22,27 +23,28 @@ from torch.nn.utils.rnn import PackedSequence
 from . import _cuda_plan, _torch
 from ._cuda_plan import Device, Plan
 
-try:
-    from . import _cuda
-except ModuleNotFoundError:
-    _cuda = None  # type: ignore[assignment]
-
 _SWITCH = "FASTLSTM_CUDA_KERNELS"
 _HALF = (torch.bfloat16, torch.float16)
 _MATH = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32", torch.float64: "f64"}
 _NO_CUDA_PART = "this build of fastlstm has no CUDA part (nvcc was not found or FASTLSTM_CUDA=off)"
 
 
-def _switched_on() -> bool:
+def _load() -> Any:
+    """Return the module of the kernels where the environment asks for it, else None."""
     value = os.environ.get(_SWITCH, "0")
     if value not in ("0", "1", ""):
         raise ValueError(f"{_SWITCH}: expected 0 or 1, got {value!r}")
-    if value == "1" and _cuda is None:
-        raise ImportError(f"{_SWITCH}=1: {_NO_CUDA_PART}")
-    return value == "1"
+    if value != "1":
+        return None
+    try:
+        from . import _cuda
+    except ModuleNotFoundError:
+        raise ImportError(f"{_SWITCH}=1: {_NO_CUDA_PART}") from None
+    return _cuda
 
 
-ENABLED = _switched_on()
+_cuda = _load()
+ENABLED = _cuda is not None
 
 
 @lru_cache(maxsize=64)
@@ -474,13 +476,10 @@ def explain(lstm: Any, input: Any, hx: Any, device: Any) -> str:
             device = Device(*device)
         except TypeError:
             raise TypeError(f"device: expected {Device._fields}, got {device!r}") from None
-    elif _cuda is None:
-        return f"torch.nn.LSTM's own path on CUDA: {_NO_CUDA_PART}"
     elif not ENABLED:
-        return (
-            "torch.nn.LSTM's own path on CUDA: the kernels are off; "
-            f"{_SWITCH}=1 in the environment switches them on"
-        )
+        built = importlib.util.find_spec("fastlstm._cuda") is not None
+        off = f"the kernels are off; {_SWITCH}=1 in the environment switches them on"
+        return f"torch.nn.LSTM's own path on CUDA: {off if built else _NO_CUDA_PART}"
     elif not x.is_cuda:
         raise ValueError(f"input: expected a tensor on CUDA, or a device to ask of, got {x.device}")
     else:
