@@ -9,6 +9,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -35,7 +36,7 @@ inline void __tsan_release(void*) {}
 namespace fastlstm::cuda {
 namespace {
 
-// Threads that wait for one another. `ordering`: what came before is seen by all that come after.
+// Where threads wait for one another; that alone orders no memory.
 struct Barrier {
   int size = 0, count = 0, generation = 0;
 };
@@ -193,7 +194,8 @@ inline double hyperbolic_tangent(double v) { return std::tanh(v); }
 inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
 inline double fused(double a, double b, double c) { return std::fma(a, b, c); }
 
-// Element (row, column) of A, (row, column) of B, out of the registers of a warp.
+// c (16, 8) += A (16, K) * B (K, 8), with A and B put together from the registers of all lanes as
+// "Matrix Fragments for mma.m16n8k16" and "... m16n8k8" of the PTX manual say.
 template <Math kMath>
 FASTLSTM_UNSEEN inline void mma(float (&c)[4], const Vec16& a, uint32_t b0, uint32_t b1) {
   constexpr bool kHalf = kMath != Math::tf32;

@@ -1,5 +1,4 @@
 // Runs the kernels on the host, for tests: the same interface as launch.cu.
-#include <algorithm>
 
 #include "emulate.h"
 #include "kernels.inl"
