@@ -41,7 +41,8 @@ def lint(session):
     session.run(
         "bash",
         "-c",
-        "clang-format --dry-run -Werror $(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.inl')",
+        "clang-format --dry-run -Werror "
+        "$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.inl' 'csrc/*.cu')",
         external=True,
     )
 

@@ -49,8 +49,18 @@ def get_num_threads() -> int:
     return _num_threads or _core.default_threads()
 
 
+def _cuda_build() -> str:
+    try:
+        from . import _cuda
+    except ModuleNotFoundError:
+        return "no CUDA part in this build"
+    except ImportError as error:
+        return f"the CUDA part does not load: {error}"
+    return f"{_cuda.build}; used with FASTLSTM_CUDA_KERNELS=1 in the environment"
+
+
 def show_config() -> None:
-    """Print version, ISA, threads, OpenMP runtime, compiler and the versions of NumPy and torch."""
+    """Print version, ISA, threads, compilers, what CUDA part there is, NumPy and torch."""
     # torch is looked up, not imported: importing it takes seconds and may itself be what is broken.
     try:
         torch = importlib.metadata.version("torch")
@@ -63,6 +73,7 @@ def show_config() -> None:
         "threads": get_num_threads(),
         "OpenMP": _core.openmp,
         "compiler": _core.compiler,
+        "CUDA": _cuda_build(),
         "Python": platform.python_version(),
         "NumPy": np.__version__,
         "torch": torch,

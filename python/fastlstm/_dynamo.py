@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Collection
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
@@ -18,19 +19,19 @@ from torch.nn import Module
 _BUILDER = "torch._dynamo.variables.builder"
 
 
-def trace(cls: type[Module]) -> None:
-    """Have Dynamo trace instances of `cls`. Where torch's internals differ, nothing changes."""
+def trace(cls: type[Module], devices: Collection[str]) -> None:
+    """Have Dynamo trace instances of `cls` on `devices`. Where its internals differ, do nothing."""
     if _BUILDER in sys.modules:
-        _wrap(sys.modules[_BUILDER], cls)
+        _wrap(sys.modules[_BUILDER], cls, devices)
     else:
-        sys.meta_path.insert(0, _AfterImport(cls))
+        sys.meta_path.insert(0, _AfterImport(cls, devices))
 
 
 class _AfterImport(MetaPathFinder):
     """Runs `_wrap` once `_BUILDER` has been imported, and leaves."""
 
-    def __init__(self, cls: type[Module]) -> None:
-        self.cls = cls
+    def __init__(self, *args: Any) -> None:
+        self.args = args
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         if fullname != _BUILDER:
@@ -43,13 +44,13 @@ class _AfterImport(MetaPathFinder):
                 execute(module)
                 if self in sys.meta_path:
                     sys.meta_path.remove(self)
-                _wrap(module, self.cls)
+                _wrap(module, *self.args)
 
             spec.loader.exec_module = execute_and_wrap  # type: ignore[method-assign]
         return spec
 
 
-def _wrap(builder: Any, cls: type[Module]) -> None:
+def _wrap(builder: Any, cls: type[Module], devices: Collection[str]) -> None:
     """Set the option while the module `builder` takes in an instance of `cls` that is served."""
     try:
         owner, config = builder.VariableBuilder, builder.config
@@ -60,7 +61,7 @@ def _wrap(builder: Any, cls: type[Module]) -> None:
 
     @functools.wraps(wrap_module)
     def wrapped(self: Any, value: Any) -> Any:
-        if isinstance(value, cls) and all(p.is_cpu for p in value.parameters()):
+        if isinstance(value, cls) and all(p.device.type in devices for p in value.parameters()):
             with patch(allow_rnn=True):
                 return wrap_module(self, value)
         return wrap_module(self, value)

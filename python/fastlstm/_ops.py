@@ -14,9 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _composite, _torch
+from . import _composite, _cuda_layer, _torch
 
 _Shape = tuple[int, ...]
+
+# What the kernels of each kind of device take.
+DTYPES: dict[str, tuple[torch.dtype, ...]] = {"cpu": (torch.float32, torch.float64)}
+if _cuda_layer.ENABLED:
+    DTYPES["cuda"] = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _plain(*tensors: Tensor | None) -> list[Any]:
@@ -84,12 +89,12 @@ def fits(
         tensors += hx
     return (
         min(D, H) > 0
-        and x.dtype in (torch.float32, torch.float64)
+        and x.dtype in DTYPES.get(x.device.type, ())
         and len(tensors) == len(shapes)
         and all(
             isinstance(tensor, Tensor)
             and tensor.dtype == x.dtype
-            and tensor.device.type == "cpu"
+            and tensor.device == x.device
             and tensor.layout == torch.strided
             and tensor.shape == shape
             for tensor, shape in zip(tensors, shapes, strict=True)
@@ -137,7 +142,7 @@ def _checked(
             for name, t in given.items()
         )
         raise RuntimeError(
-            "fastlstm::layer: expected CPU tensors of one dtype, torch.float32 or torch.float64: "
+            f"fastlstm::layer: expected tensors of one device and dtype, of {DTYPES}: "
             "x (T, N, D), h0 (directions, N, P), c0 (directions, N, H) and for each direction "
             f"weights (4H, D), (4H, P), ...; got directions {directions}, {', '.join(got)}"
         )

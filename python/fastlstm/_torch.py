@@ -52,6 +52,10 @@ def run_forward(
     Returns y (T, N, directions*P), h_n, c_n, and with `keep` gates (directions, T, N, 4H), cells
     and, with a projection, h before it (directions, T, N, H).
     """
+    if x.is_cuda:
+        from . import _cuda_layer
+
+        return _cuda_layer.run_forward(x, h0, c0, weights, directions, batch_sizes, keep)
     y, h_n, c_n, kept = new_results(x, weights, directions, batch_sizes, keep)
     threads = torch.get_num_threads()
     _core.forward(x, h0, c0, weights, y, h_n, c_n, *kept, batch_sizes, False, threads)
@@ -137,6 +141,10 @@ def run_backward(
     needed: tuple[bool, ...],
 ) -> Grads:
     x, h0, c0, *weights = inputs
+    if x.is_cuda:
+        from . import _cuda_layer
+
+        return _cuda_layer.run_backward(layer, inputs, y, kept, grads, needed)
     directions, batch_sizes = layer
     H, P = weights[0].shape[0] // 4, weights[1].shape[1]
     N = batch_sizes[0] if batch_sizes else x.shape[1]

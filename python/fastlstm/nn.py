@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _core, _dynamo, _ops, _transforms
+from . import _core, _cuda_layer, _dynamo, _ops, _transforms
 from ._torch import Step, run_layer, run_step, wants_grad
 
-__all__ = ["LSTM", "LSTMCell", "convert", "revert"]
+__all__ = ["LSTM", "LSTMCell", "convert", "explain", "revert"]
 
 _Module = TypeVar("_Module", bound=torch.nn.Module)
 
@@ -102,7 +102,8 @@ class LSTM(torch.nn.LSTM):
     `torch.compile`, `torch.export` and dispatch modes see one operator for each layer,
     `torch.onnx.export` the LSTM operator of ONNX. `torch.func` and autograd of any order work, on
     the kernels for `grad`, `vjp`, `jacrev` and `vmap`; forward mode and derivatives of derivatives
-    are composed of operators of torch. Other devices and jit tracing run as in `torch.nn.LSTM`.
+    are composed of operators of torch. Other devices and jit tracing run as in `torch.nn.LSTM`, and
+    so does CUDA unless FASTLSTM_CUDA_KERNELS=1 stands in the environment; see :func:`explain`.
     """
 
     def forward(self, input: Any, hx: Any = None) -> Any:
@@ -128,12 +129,14 @@ class LSTM(torch.nn.LSTM):
         half = None
         autocast = torch.is_autocast_enabled("cpu")
         if observed or autocast or not _core.fits(x, hx, weights, *sizes):
-            half = _half_dtype(x, hx, weights)
-            packed = _packed(x, hx, weights, half)
-            if observed or not _core.fits(*packed, *sizes):
-                if not self._serves(*packed, input.batch_sizes if ragged else None):
-                    return self._as_torch(input, hx, weights)
-                run = _transforms.run_layer
+            packed = None if observed else _cuda_layer.served(self, input, hx, weights)
+            if packed is None:
+                half = _half_dtype(x, hx, weights)
+                packed = _packed(x, hx, weights, half)
+                if observed or not _core.fits(*packed, *sizes):
+                    if not self._serves(*packed, input.batch_sizes if ragged else None):
+                        return self._as_torch(input, hx, weights)
+                    run = _transforms.run_layer
             x, hx, weights = packed
 
         if not ragged:
@@ -206,7 +209,7 @@ class LSTM(torch.nn.LSTM):
         half = _half_dtype(x, hx, weights)
         given = x, hx, weights
         x, state, packed = given if half is None else _packed(*given, half)
-        autocast = torch.is_autocast_enabled("cpu")
+        autocast = torch.is_autocast_enabled("cuda" if weights[0].is_cuda else "cpu")
         if (half is None and autocast) or not _ops.fits(x, state, packed, *sizes):
             return self._as_torch(input, hx, weights)
 
@@ -391,7 +394,7 @@ class LSTMCell(torch.nn.LSTMCell):
         )
 
 
-_dynamo.trace(LSTM)
+_dynamo.trace(LSTM, _ops.DTYPES)
 
 _OURS = {torch.nn.LSTM: LSTM, torch.nn.LSTMCell: LSTMCell}
 _Classes = dict[type[torch.nn.Module], type[torch.nn.Module]]
@@ -474,3 +477,31 @@ def revert(model: _Module) -> _Module:
         If `model` is not a Module.
     """
     return _exchange_classes(model, {ours: torchs for torchs, ours in _OURS.items()})
+
+
+def explain(lstm: torch.nn.LSTM, input: Any, hx: Any = None, *, device: Any = None) -> str:
+    """Say which CUDA path a call would take, and why.
+
+    Parameters
+    ----------
+    lstm : torch.nn.LSTM
+    input : Tensor or PackedSequence
+    hx : (h0, c0), optional
+        What the call would get. Nothing is computed.
+    device : tuple, optional
+        Ask of a device that need not be here: (major, minor, multiprocessors, shared_bytes,
+        cooperative), that is its compute capability, its number of multiprocessors, the bytes of
+        shared memory that one block may take and whether it has cooperative launches; such as
+        ``(9, 0, 132, 232448, True)`` for an H100. Only sizes and dtype of `input` count then.
+
+    Returns
+    -------
+    str
+        One line for the forward and one for the backward pass, or one where torch's own path runs.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was expected and what came.
+    """
+    return _cuda_layer.explain(lstm, input, hx, device)

@@ -1,0 +1,504 @@
+"""Layers of an LSTM on CUDA: memory, the products by torch, and the kernels of `_cuda`.
+
+`run_forward` and `run_backward` have the signatures of those in `_torch`, which calls them for
+tensors on CUDA; everything is queued on the current stream and nothing waits for the device.
+
+The kernels have not yet run on a GPU, so they are used only where the environment says
+``FASTLSTM_CUDA_KERNELS=1``; otherwise `fastlstm.nn` on CUDA is `torch.nn.LSTM`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.utils.rnn import PackedSequence
+
+from . import _cuda_plan, _torch
+from ._cuda_plan import Device, Plan
+
+_SWITCH = "FASTLSTM_CUDA_KERNELS"
+_HALF = (torch.bfloat16, torch.float16)
+_MATH = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32", torch.float64: "f64"}
+_NO_CUDA_PART = "this build of fastlstm has no CUDA part (nvcc was not found or FASTLSTM_CUDA=off)"
+
+
+def _load() -> Any:
+    """Return the module of the kernels where the environment asks for it, else None."""
+    value = os.environ.get(_SWITCH, "0")
+    if value not in ("0", "1", ""):
+        raise ValueError(f"{_SWITCH}: expected 0 or 1, got {value!r}")
+    if value != "1":
+        return None
+    try:
+        from . import _cuda
+    except ModuleNotFoundError:
+        raise ImportError(f"{_SWITCH}=1: {_NO_CUDA_PART}") from None
+    return _cuda
+
+
+_cuda = _load()
+ENABLED = _cuda is not None
+
+
+@lru_cache(maxsize=64)
+def properties(index: int) -> Device:
+    """Return what the plan knows of a device."""
+    return Device(*_cuda.properties(index))
+
+
+def math_of(dtype: torch.dtype) -> str:
+    """Return the arithmetic of the recurrence; TF32 where nn.LSTM on cuDNN would use it."""
+    math = _MATH[dtype]
+    return "tf32" if math == "f32" and _allows_tf32() else math
+
+
+def _allows_tf32() -> bool:
+    rnn = getattr(torch.backends.cudnn, "rnn", None)  # since torch 2.9
+    if rnn is not None:
+        return bool(rnn.fp32_precision == "tf32")
+    return bool(torch.backends.cudnn.allow_tf32)
+
+
+def _index(x: Tensor) -> int:
+    return x.device.index or 0
+
+
+def _plan(x: Tensor, N: int, H: int, P: int, directions: int, backward: bool) -> tuple[str, Plan]:
+    math = math_of(x.dtype)
+    device = properties(_index(x))
+    return math, _cuda_plan.plan(N, H, directions, math, backward, device, P)
+
+
+def _where(x: Tensor) -> tuple[int, int]:
+    """Return device and stream as the kernels take them."""
+    if not x.is_cuda:  # the emulation
+        return 0, 0
+    return _index(x), torch.cuda.current_stream(x.device).cuda_stream
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+class _Rows:
+    """Which rows of a (rows, columns) tensor belong to each time."""
+
+    def __init__(self, x: Tensor, batch_sizes: Sequence[int]) -> None:
+        self.ragged = bool(batch_sizes)
+        self.sizes = list(batch_sizes) if batch_sizes else [x.shape[1]] * x.shape[0]
+        self.T, self.N = len(self.sizes), self.sizes[0]
+        self.first = [0]
+        for size in self.sizes:
+            self.first.append(self.first[-1] + size)
+        self.total = self.first[-1]
+
+    def offsets(self, x: Tensor) -> Tensor | None:
+        """Return the first row of each time, and the end, on the device of x; None if dense."""
+        if not self.ragged:
+            return None
+        offsets = torch.tensor(self.first, dtype=torch.int64, pin_memory=x.is_cuda)
+        return offsets.to(x.device, non_blocking=True)
+
+    def before(self, y: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
+        """Return h_{t-1} of each row (total, P), from y (total, P) and h0 (N, P) or None."""
+        start = y.new_zeros(self.N, y.shape[1]) if h0 is None else h0
+        if not self.ragged:
+            parts = (y[self.N :], start) if reverse else (start, y[: -self.N])
+            return torch.cat(parts)
+        offsets = self.offsets(y)
+        assert offsets is not None
+        sizes = offsets.diff()
+        time = torch.arange(self.T, device=y.device)
+        t = torch.repeat_interleave(time, sizes, output_size=self.total)
+        n = torch.arange(self.total, device=y.device) - offsets[t]
+        other = (t + 1 if reverse else t - 1).clamp(0, self.T - 1)
+        starts = (n >= sizes[other]) | (other == t)
+        row = torch.where(starts, n, self.N + offsets[other] + n)
+        return torch.cat((start, y)).index_select(0, row)
+
+
+def _order(rows: _Rows, direction: int) -> range:
+    """Return the times in the order in which a direction walks through them."""
+    return range(rows.T - 1, -1, -1) if direction else range(rows.T)
+
+
+def _launch(
+    x: Tensor,
+    rows: _Rows,
+    plan: Plan,
+    math: str,
+    backward: bool,
+    weights: Sequence[Tensor],
+    tensors: dict[str, Tensor | None],
+) -> None:
+    """Run a recurrence over all of T."""
+    offsets = rows.offsets(x)
+    flags = exchange = 0
+    scratch = x.new_empty(plan.groups * plan.blocks * plan.scratch_bytes, dtype=torch.uint8)
+    if not plan.local:
+        flag_bytes = 4 * plan.groups * _cuda_plan.flag_stride(plan.blocks)
+        memory = torch.zeros(
+            flag_bytes + plan.groups * 2 * plan.operand_bytes, dtype=torch.uint8, device=x.device
+        )
+        flags = memory.data_ptr()
+        exchange = flags + flag_bytes
+    device, stream = _where(x)
+    _cuda.recurrence(
+        math,
+        backward,
+        device,
+        stream,
+        T=rows.T,
+        N=rows.N,
+        H=weights[0].shape[0] // 4,
+        directions=len(weights),
+        threads=plan.threads,
+        blocks=plan.blocks,
+        units=plan.units,
+        rows=plan.rows,
+        groups=plan.groups,
+        chunks=plan.chunks,
+        local=int(plan.local),
+        offsets=_address(offsets),
+        total=rows.total,
+        weight=_address(weights[0]),
+        weight_reverse=_address(weights[-1]),
+        exchange=exchange,
+        flags=flags,
+        scratch=_address(scratch) if plan.scratch_bytes else 0,
+        **{name: _address(tensor) for name, tensor in tensors.items()},
+    )
+
+
+def _split(weights: list[Any], directions: int) -> list[list[Any]]:
+    """Return weight_ih, weight_hh, the sum of the biases, weight_hr (or None) of each direction."""
+    per = len(weights) // directions
+    found = []
+    for d in range(directions):
+        w_ih, w_hh, *rest = weights[d * per : (d + 1) * per]
+        bias = rest[0] + rest[1] if len(rest) >= 2 else None
+        found.append([w_ih, w_hh, bias, rest[-1] if len(rest) % 2 else None])
+    return found
+
+
+def run_forward(
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    directions: int,
+    batch_sizes: Sequence[int],
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, _torch.Kept]:
+    """Run one layer: arguments and results of `_torch.run_forward`."""
+    rows = _Rows(x, batch_sizes)
+    results = y, h_n, c_n, kept = _torch.new_results(x, weights, directions, batch_sizes, keep)
+    parts = _split(weights, directions)
+    H, P = parts[0][1].shape[0] // 4, parts[0][1].shape[1]
+    flat = x.reshape(rows.total, -1)
+    gx = x.new_empty(directions, rows.total, 4 * H)
+    for d, (w_ih, _, bias, _) in enumerate(parts):
+        if bias is None:
+            torch.mm(flat, w_ih.t(), out=gx[d])
+        else:
+            torch.addmm(bias, flat, w_ih.t(), out=gx[d])
+    math, plan = _plan(x, rows.N, H, P, directions, False)
+    if plan.path == "steps":
+        for d in range(directions):
+            _steps_forward(rows, gx, h0, c0, parts[d], y, h_n, c_n, kept, d, math)
+        return results
+    gates, cells, _ = kept
+    tensors = {"gx": gx, "h0": h0, "c0": c0, "y": y, "h_n": h_n, "c_n": c_n}
+    tensors |= {"gates": gates, "cells": cells}
+    _launch(x, rows, plan, math, False, [part[1] for part in parts], tensors)
+    return results
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _steps_forward(
+    rows: _Rows,
+    gx: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    part: list[Any],
+    y: Tensor,
+    h_n: Tensor,
+    c_n: Tensor,
+    kept: _torch.Kept,
+    d: int,
+    math: str,
+) -> None:
+    """Run one direction step by step."""
+    _, w_hh, _, w_hr = part
+    H, P = w_hh.shape[0] // 4, w_hh.shape[1]
+    gates, cells, raw = (None if k is None else k[d].reshape(rows.total, -1) for k in kept)
+    flat_y = y.view(rows.total, -1)[:, d * P : (d + 1) * P]
+    h = h_n[d]
+    h.zero_() if h0 is None else h.copy_(h0[d])
+    c = torch.zeros(rows.N, H, dtype=_sum_dtype(y.dtype), device=y.device)
+    if c0 is not None:
+        c.copy_(c0[d])
+    spare = None if w_hr is None or raw is not None else y.new_empty(rows.N, H)
+    device, stream = _where(y)
+    for t in _order(rows, d):
+        lo, hi = rows.first[t], rows.first[t + 1]
+        n = hi - lo
+        z = gx[d, lo:hi]
+        z.addmm_(h[:n], w_hh.t())
+        now = slice(lo, hi)
+        out = h[:n] if w_hr is None else spare[:n] if spare is not None else raw[now]  # type: ignore[index]
+        _cuda.step(
+            math,
+            False,
+            device,
+            stream,
+            n=n,
+            H=H,
+            y_stride=flat_y.stride(0),
+            z=_address(z),
+            c=_address(c),
+            h=_address(out),
+            y=_address(flat_y[now]) if w_hr is None else 0,
+            gates=0 if gates is None else _address(gates[now]),
+            cells=0 if cells is None else _address(cells[now]),
+        )
+        if w_hr is not None:
+            torch.mm(out, w_hr.t(), out=h[:n])
+            flat_y[now].copy_(h[:n])
+    c_n[d].copy_(c)
+
+
+def run_backward(
+    layer: tuple[int, Sequence[int]],
+    inputs: list[Any],
+    y: Tensor,
+    kept: _torch.Kept,
+    grads: tuple[Tensor | None, ...],
+    needed: tuple[bool, ...],
+) -> _torch.Grads:
+    """Run one layer backward: arguments and results of `_torch.run_backward`."""
+    x, h0, c0, *weights = inputs
+    directions, batch_sizes = layer
+    rows = _Rows(x, batch_sizes)
+    parts = _split(weights, directions)
+    H, P = parts[0][1].shape[0] // 4, parts[0][1].shape[1]
+    grad_y, grad_h, grad_c = (
+        None if grad is None else grad.contiguous() for grad in map(_torch.gradient, grads)
+    )
+    dz = x.new_empty(directions, rows.total, 4 * H)
+    dh0 = x.new_empty(directions, rows.N, P)
+    dc0 = x.new_empty(directions, rows.N, H)
+    projects = parts[0][3] is not None
+    dh = x.new_empty(directions, rows.total, P) if projects else None  # dL/dh of every row
+    math, plan = _plan(x, rows.N, H, P, directions, True)
+    if plan.path == "steps":
+        for d in range(directions):
+            state = (grad_y, grad_h, grad_c)
+            _steps_backward(rows, kept, c0, parts[d], state, dz, dh, dh0, dc0, d, math)
+    else:
+        gates, cells, _ = kept
+        tensors = {"gates": gates, "cells": cells, "c0": c0, "dz": dz, "dh0": dh0, "dc0": dc0}
+        tensors |= {"grad_y": grad_y, "grad_h": grad_h, "grad_c": grad_c}
+        _launch(x, rows, plan, math, True, [part[1] for part in parts], tensors)
+
+    needs_x, needs_h0, needs_c0, *needs_weights = needed
+    flat, flat_y = x.reshape(rows.total, -1), y.view(rows.total, -1)
+    dx = None
+    if needs_x:
+        dx = torch.mm(dz[0], parts[0][0])
+        if directions == 2:
+            dx.addmm_(dz[1], parts[1][0])
+        dx = dx.view(x.shape)
+    per = len(weights) // directions
+    dweights: list[Tensor | None] = []
+    for d in range(directions):
+        need_ih, need_hh, *need_rest = needs_weights[d * per : (d + 1) * per]
+        dz_t = dz[d].t()
+        dweights.append(torch.mm(dz_t, flat) if need_ih else None)
+        own_y = flat_y[:, d * P : (d + 1) * P]
+        own_h0 = None if h0 is None else h0[d]
+        before = rows.before(own_y, own_h0, d == 1) if need_hh else None
+        dweights.append(None if before is None else torch.mm(dz_t, before))
+        if len(need_rest) >= 2:
+            db = dz[d].sum(0) if any(need_rest[:2]) else None
+            dweights.append(db if need_rest[0] else None)
+            dweights.append(None if db is None or not need_rest[1] else db.clone())
+        if projects:
+            assert dh is not None and kept[2] is not None
+            raw = kept[2][d].reshape(rows.total, H)
+            dweights.append(torch.mm(dh[d].t(), raw) if need_rest[-1] else None)
+    return (dx, dh0 if needs_h0 else None, dc0 if needs_c0 else None, *dweights)
+
+
+def _steps_backward(
+    rows: _Rows,
+    kept: _torch.Kept,
+    c0: Tensor | None,
+    part: list[Any],
+    state: tuple[Tensor | None, Tensor | None, Tensor | None],
+    dz: Tensor,
+    dh_of_rows: Tensor | None,
+    dh0: Tensor,
+    dc0: Tensor,
+    d: int,
+    math: str,
+) -> None:
+    """Run one direction backward step by step."""
+    _, w_hh, _, w_hr = part
+    H, P = w_hh.shape[0] // 4, w_hh.shape[1]
+    gates, cells = (k[d].reshape(rows.total, -1) for k in kept[:2] if k is not None)
+    grad_y, grad_h, grad_c = state
+    flat = None if grad_y is None else grad_y.view(rows.total, -1)[:, d * P : (d + 1) * P]
+    dh = dh0[d]
+    dh.zero_() if grad_h is None else dh.copy_(grad_h[d])
+    dc = torch.zeros(rows.N, H, dtype=_sum_dtype(dz.dtype), device=dz.device)
+    if grad_c is not None:
+        dc.copy_(grad_c[d])
+    device, stream = _where(dz)
+    for t in reversed(_order(rows, d)):
+        lo, hi = rows.first[t], rows.first[t + 1]
+        n = hi - lo
+        now = slice(lo, hi)
+        to_cell, grad = dh[:n], None if flat is None else flat[now]
+        if w_hr is not None:
+            assert dh_of_rows is not None
+            total = dh_of_rows[d, now]
+            total.copy_(dh[:n]) if grad is None else torch.add(dh[:n], grad, out=total)
+            to_cell, grad = total @ w_hr, None
+        before = t + 1 if d else t - 1
+        inside = 0 <= before < rows.T
+        _cuda.step(
+            math,
+            True,
+            device,
+            stream,
+            n=n,
+            H=H,
+            before=min(n, rows.sizes[before]) if inside else 0,
+            y_stride=0 if grad is None else grad.stride(0),
+            c=_address(dc),
+            gates=_address(gates[now]),
+            cells=_address(cells[now]),
+            cells_before=_address(cells[rows.first[before] :]) if inside else 0,
+            c0=_address(None if c0 is None else c0[d]),
+            dh=_address(to_cell),
+            grad_y=_address(grad),
+            dz=_address(dz[d, now]),
+        )
+        torch.mm(dz[d, now], w_hh, out=dh[:n])
+    dc0[d].copy_(dc)
+
+
+def served(rnn: Any, input: Any, hx: Any, weights: list[Any]) -> tuple[Any, Any, list[Any]] | None:
+    """Return x, hx and the weights as the kernels take them, or None for torch's own path.
+
+    None also where anything is wrong with the call: torch's own path raises.
+    """
+    ragged = isinstance(input, PackedSequence)
+    x: Any = input.data if ragged else input
+    if not ENABLED or not isinstance(x, Tensor) or not x.is_cuda:
+        return None
+    if hx is not None and not (isinstance(hx, (tuple, list)) and len(hx) == 2):
+        return None
+    tensors = [x, *(hx or ()), *weights]
+    if any(
+        type(t) not in (Tensor, Parameter) or t.layout != torch.strided or t.device != x.device
+        for t in tensors
+    ):
+        return None
+    if not _right_shapes(rnn, x, hx, weights, input.batch_sizes if ragged else None):
+        return None
+    found = {t.dtype for t in tensors}
+    if torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+        if not found <= {torch.float32, *_HALF} or dtype not in _MATH:
+            return None
+    elif len(found) == 1 and x.dtype in _MATH:
+        dtype = x.dtype
+    else:
+        return None
+    if properties(_index(x)).major < 8:
+        return None
+    states = None if hx is None else [state.to(dtype).contiguous() for state in hx]
+    return x.to(dtype), states, [weight.to(dtype).contiguous() for weight in weights]
+
+
+def _right_shapes(
+    rnn: Any, x: Tensor, hx: Any, weights: list[Any], batch_sizes: Tensor | None
+) -> bool:
+    directions = 2 if rnn.bidirectional else 1
+    H, P = rnn.hidden_size, rnn.proj_size or rnn.hidden_size
+    if x.dim() not in ((2,) if batch_sizes is not None else (2, 3)) or 0 in x.shape:
+        return False
+    if x.shape[-1] != rnn.input_size:
+        return False
+    if batch_sizes is not None:
+        batch: tuple[int, ...] = (int(batch_sizes[0]),)
+    else:
+        batch = (x.shape[0 if rnn.batch_first else 1],) if x.dim() == 3 else ()
+    first = (rnn.num_layers * directions, *batch)
+    if hx is not None and (hx[0].shape != (*first, P) or hx[1].shape != (*first, H)):
+        return False
+    rest = ([(4 * H,), (4 * H,)] if rnn.bias else []) + ([(P, H)] if rnn.proj_size else [])
+    expected: list[tuple[int, ...]] = []
+    for layer in range(rnn.num_layers):
+        inputs = directions * P if layer else rnn.input_size
+        expected += [(4 * H, inputs), (4 * H, P), *rest] * directions
+    return [tuple(w.shape) for w in weights] == expected
+
+
+def explain(lstm: Any, input: Any, hx: Any, device: Any) -> str:
+    """See :func:`fastlstm.nn.explain`."""
+    if not isinstance(lstm, torch.nn.LSTM):
+        raise TypeError(f"lstm: expected a torch.nn.LSTM, got {type(lstm).__name__}")
+    ragged = isinstance(input, PackedSequence)
+    x: Any = input.data if ragged else input
+    if not isinstance(x, Tensor):
+        raise TypeError(f"input: expected a Tensor or PackedSequence, got {type(input).__name__}")
+    if x.dim() not in (2, 3) or 0 in x.shape:
+        raise ValueError(f"input: expected 2 or 3 dimensions, none empty, got {tuple(x.shape)}")
+    autocast = torch.is_autocast_enabled("cuda")
+    dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype
+    if dtype not in _MATH:
+        raise TypeError(f"input: expected a dtype of {[str(d) for d in _MATH]}, got {dtype}")
+    if device is not None:
+        try:
+            device = Device(*device)
+        except TypeError:
+            raise TypeError(f"device: expected {Device._fields}, got {device!r}") from None
+    elif not ENABLED:
+        built = importlib.util.find_spec("fastlstm._cuda") is not None
+        off = f"the kernels are off; {_SWITCH}=1 in the environment switches them on"
+        return f"torch.nn.LSTM's own path on CUDA: {off if built else _NO_CUDA_PART}"
+    elif not x.is_cuda:
+        raise ValueError(f"input: expected a tensor on CUDA, or a device to ask of, got {x.device}")
+    else:
+        weights = [getattr(lstm, name) for name in lstm._flat_weights_names]
+        if served(lstm, input, hx, weights) is None:
+            return (
+                "torch.nn.LSTM's own path: the kernels take strided tensors of one dtype "
+                "(bfloat16, float16, float32, float64) on one device of compute capability 8.0 or "
+                "more, in the shapes of torch.nn.LSTM"
+            )
+        device = properties(_index(x))
+    if ragged:
+        N = int(input.batch_sizes[0])
+    else:
+        N = x.shape[0 if lstm.batch_first else 1] if x.dim() == 3 else 1
+    math, H, P = math_of(dtype), lstm.hidden_size, lstm.proj_size or lstm.hidden_size
+    directions = 2 if lstm.bidirectional else 1
+    return "\n".join(
+        f"{'backward' if backward else 'forward'}, {math}: "
+        + _cuda_plan.plan(N, H, directions, math, backward, device, P).reason
+        for backward in (False, True)
+    )

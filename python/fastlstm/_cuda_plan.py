@@ -1,0 +1,232 @@
+"""How a pass runs on a CUDA device: a pure function of sizes, arithmetic and device properties.
+
+There are five paths. In the first four one launch walks over all of time, and groups of blocks,
+each block with some hidden units, compute slices of the batch:
+
+- ``block``: one block holds all of W_hh in its shared memory;
+- ``cluster``: up to eight blocks hold it, which exchange h through each other's shared memory
+  (compute capability 9 and up);
+- ``grid``: any number of blocks hold it, which exchange h through the second-level cache;
+- ``stream``: the same with W_hh read from the second-level cache in every step;
+- ``steps``: with projections, and where it is estimated to be faster: for each step a matrix
+  product of torch and one pointwise kernel.
+
+The least estimated time decides. The estimates come from data sheets, not from measurements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+# The sizes of one element in memory and of one sum; recurrence.h has the same.
+STORAGE = {"bf16": 2, "f16": 2, "tf32": 4, "f32": 4, "f64": 8}
+SUM = {"bf16": 4, "f16": 4, "tf32": 4, "f32": 4, "f64": 8}
+_TENSOR_CORES = ("bf16", "f16", "tf32")
+
+THREADS = 256
+ELEMENTS = 2  # most elements of the pointwise step that a thread owns
+CLUSTERS = (2, 4, 8)  # blocks of a cluster, up to what every device with clusters runs
+
+# Nanoseconds of a step outside its product, multiply-adds per nanosecond of a multiprocessor, and
+# bytes per nanosecond of a multiprocessor: from its shared memory, from the second-level cache
+# alone, and from there with all others. Estimates; step by step the host is what takes time.
+_BASE = {"block": 600, "cluster": 1000, "grid": 1400, "stream": 1800, "steps": 20000}
+_PRODUCTS = {"bf16": 900, "f16": 900, "tf32": 450, "f32": 80, "f64": 40}
+_SHARED, _L2, _L2_SHARED = 200, 80, 35
+_CHUNKS = (1, 2, 4, 8)
+_CHUNK = 400  # nanoseconds of one more chunk
+
+
+class Device(NamedTuple):
+    """What a plan knows of a device: `_cuda.properties`."""
+
+    major: int
+    minor: int
+    multiprocessors: int
+    shared_bytes: int  # that one block may take
+    cooperative: bool  # whether blocks of one launch may wait for one another
+
+
+class Plan(NamedTuple):
+    """One way to run a pass, and why; the names are those of recurrence.h."""
+
+    path: str
+    blocks: int
+    units: int
+    rows: int
+    groups: int
+    threads: int
+    chunks: int
+    shared_bytes: int
+    operand_bytes: int  # of one of a group's two operands in the exchange
+    scratch_bytes: int  # of the weights of a block where shared memory does not hold them
+    nanoseconds: float  # estimated, for one step
+    reason: str
+
+    @property
+    def local(self) -> bool:
+        """Whether a group exchanges through shared memory."""
+        return self.path in ("block", "cluster")
+
+
+STEPS = Plan("steps", 0, 0, 0, 0, 0, 1, 0, 0, 0, 0.0, "")
+
+
+def memory(
+    math: str,
+    backward: bool,
+    H: int,
+    units: int,
+    rows: int,
+    threads: int,
+    chunks: int,
+    path: str,
+) -> tuple[int, int, int]:
+    """Return bytes of a block's shared memory, of an operand, of a block's weights: `layout()`."""
+    size = STORAGE[math]
+    M, K = (units, 4 * H) if backward else (4 * units, H)
+    m_padded, r_padded = _round_up(M, 16), _round_up(rows, 8)
+    k_steps = -(-K * size // 32)
+    chunk_steps = -(-k_steps // chunks)
+    splits = min(max(threads // 32 // (m_padded // 16), 1), chunk_steps)
+    tensor_cores = math in _TENSOR_CORES
+    weights = m_padded * k_steps * 32 if tensor_cores else M * (k_steps * 32 + 16)
+    chunk = (r_padded if tensor_cores else rows) * (chunk_steps * 32 + 16)
+    partial = splits * r_padded * m_padded * SUM[math]
+    state = 2 * _round_up(rows * units * SUM[math], 16)
+    operands = chunk if path in ("grid", "stream") else 2 * chunk
+    held = 0 if path == "stream" else weights
+    return held + operands + partial + state, chunks * chunk, weights
+
+
+def flag_stride(blocks: int) -> int:
+    """Return the flags from one group to the next, as `flag_stride()` of recurrence.h."""
+    return _round_up(blocks, 32)
+
+
+def _round_up(a: int, b: int) -> int:
+    return -(-a // b) * b
+
+
+@lru_cache(maxsize=1024)
+def plan(
+    N: int, H: int, directions: int, math: str, backward: bool, device: Device, P: int
+) -> Plan:
+    """Return the way to run a pass over N batch rows and H hidden units.
+
+    Parameters
+    ----------
+    N, H, directions, P : int
+        Batch rows, hidden units, 1 or 2 directions, which run side by side, and columns of h.
+    math : {"bf16", "f16", "tf32", "f32", "f64"}
+        dtype, with the arithmetic of float32 told apart.
+    backward : bool
+    device : Device
+    """
+    steps_cost = _steps_cost(N, H, math, device) * directions
+    steps = STEPS._replace(nanoseconds=steps_cost)
+    if P != H:
+        return steps._replace(reason="steps: a projection is a second product in each step")
+    if device.major < 8:
+        return steps._replace(reason="steps: compute capability 8.0 is the least for the others")
+    candidates = _candidates(N, H, directions, math, backward, device)
+    best = min(candidates, key=lambda p: (p.nanoseconds, p.blocks * p.groups), default=None)
+    if best is None:
+        return steps._replace(reason="steps: no other path has room for its exchange")
+    if steps_cost < best.nanoseconds:
+        return steps._replace(
+            reason=f"steps: estimated {_us(steps_cost)} a step against "
+            f"{_us(best.nanoseconds)} with {best.path}"
+        )
+    among = {"block": "one block", "cluster": f"clusters of {best.blocks} blocks"}.get(
+        best.path, f"groups of {best.blocks} blocks"
+    )
+    where = "in the second-level cache" if best.path == "stream" else "in shared memory"
+    reason = (
+        f"{best.path}: {best.groups} x {among}, each with {best.units} units of W_hh {where}, "
+        f"{best.rows} batch rows at a time and {_kib(best.shared_bytes)} of shared memory (of "
+        f"{_kib(device.shared_bytes)}); estimated {_us(best.nanoseconds)} a step against "
+        f"{_us(steps_cost)} step by step"
+    )
+    return best._replace(reason=reason)
+
+
+def _kib(count: int) -> str:
+    return f"{-(-count // 1024)} KiB"
+
+
+def _us(nanoseconds: float) -> str:
+    return f"{nanoseconds / 1000:.1f} us"
+
+
+def _steps_cost(N: int, H: int, math: str, device: Device) -> float:
+    product = 4 * N * H * H / (_PRODUCTS[math] * device.multiprocessors)
+    weights = 4 * H * H * STORAGE[math] / (_L2_SHARED * device.multiprocessors)
+    return _BASE["steps"] + max(product, weights)
+
+
+def _candidates(
+    N: int, H: int, directions: int, math: str, backward: bool, device: Device
+) -> Iterator[Plan]:
+    # Tensor cores compute eight rows at the price of one.
+    tiles = (8, 16, 32, 64, 128) if math in _TENSOR_CORES else (1, 2, 4, 8, 16, 32, 64, 128)
+    for units in sorted({-(-H // b) for b in range(1, min(H, device.multiprocessors) + 1)}):
+        blocks = -(-H // units)
+        for path in ("block",) if blocks == 1 else ("cluster", "grid", "stream"):
+            if path == "cluster" and (blocks not in CLUSTERS or device.major < 9):
+                continue
+            local = path in ("block", "cluster")
+            most = device.multiprocessors // (blocks * directions)
+            if not local and (not device.cooperative or most < 1):
+                continue
+            if path == "stream":
+                most = 1  # more groups would read more weights
+            for tall in tiles:
+                slices = -(-N // tall)
+                rows = -(-N // slices)
+                if rows * units > ELEMENTS * THREADS:
+                    break
+                for chunks in (1,) if local else _CHUNKS:
+                    sizes = H, units, rows, THREADS, chunks, path
+                    taken, operand, weights = memory(math, backward, *sizes)
+                    if taken <= device.shared_bytes:
+                        break
+                else:
+                    break
+                groups = min(slices, max(most, 1))
+                busy = blocks * groups * directions / device.multiprocessors
+                cost = _cost(path, blocks, units, rows, H, math, backward, operand, busy)
+                cost += _CHUNK * (chunks - 1)
+                cost *= -(-slices // groups)  # slices that a group computes one after the other
+                cut = blocks, units, rows, groups * directions, THREADS, chunks
+                scratch = weights if path == "stream" else 0
+                yield Plan(path, *cut, taken, operand, scratch, cost, "")
+                if slices == 1:
+                    break
+
+
+def _cost(
+    path: str,
+    blocks: int,
+    units: int,
+    rows: int,
+    H: int,
+    math: str,
+    backward: bool,
+    operand: int,
+    busy: float,
+) -> float:
+    M, K = (units, 4 * H) if backward else (4 * units, H)
+    m_padded, r_padded = _round_up(M, 16), _round_up(rows, 8)
+    product = m_padded * r_padded * K / _PRODUCTS[math]
+    weights = m_padded * K * STORAGE[math] * -(-r_padded // 32)
+    per_byte = max(1 / _L2, busy / _L2_SHARED)  # from the second-level cache
+    reads = weights * per_byte if path == "stream" else weights / _SHARED
+    published = rows * units * (4 if backward else 1)
+    if path in ("grid", "stream"):
+        exchange = operand * per_byte
+    else:
+        exchange = published * blocks * 4 / THREADS
+    return _BASE[path] + max(product, reads) + exchange
