@@ -1,7 +1,7 @@
-"""One LSTM layer as operators of torch: what compilers and exporters see as one node each.
+"""One LSTM layer as operators of torch: what compilers, exporters and modes see as one node each.
 
-Eager calls do not come here, since dispatching an operator written in Python takes longer than a
-small step does.
+Eager calls come here only with tensors that the kernels cannot read as they are, since dispatching
+an operator written in Python takes longer than a small step does.
 """
 
 from __future__ import annotations
@@ -81,12 +81,12 @@ def layer_backward(
 ) -> list[Tensor]:
     """Return the gradients of x, h0, c0 and the weights that are `needed`."""
     x, y = (_torch.rows(tensor.as_subclass(Tensor)) for tensor in (x, y))
-    gates, cells, raw = _plain(*kept, *[None] * (3 - len(kept)))
+    gates, cells, *raw = _plain(*kept)
     found = _torch.run_backward(
         (directions, []),
         [x, *_plain(h0, c0, *weights)],
         y,
-        (gates, cells, raw),
+        (gates, cells, raw[0] if raw else None),
         (grad_y, grad_h, grad_c),
         tuple(needed),
     )
@@ -132,7 +132,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     if isinstance(needs_weights, bool):
         needs_weights = [needs_weights] * len(weights)
     needed = [needs_x, needs_h0, needs_c0, *needs_weights]
-    if _torch.observed():
+    if _torch.observed() or _torch.batched(grads):
         inputs = [x, h0, c0, *weights]
         dx, dh0, dc0, *dweights = _composite.backward((directions, ()), inputs, grads[:3], needed)
         return dx, dh0, dc0, dweights, None, None
