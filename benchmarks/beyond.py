@@ -1,6 +1,6 @@
-"""Show what the table of compare.py cannot: cells, memory, long sequences, first calls, company.
+"""Show what the table of compare.py cannot: cells, ragged batches, memory, first calls, company.
 
-python benchmarks/beyond.py                      every part this machine can run: some five minutes
+python benchmarks/beyond.py                      every part this machine can run: some six minutes
 python benchmarks/beyond.py --quick              the same in less than two, to see that it works
 python benchmarks/beyond.py --parts memory growth --plot growth.png
 """
@@ -22,7 +22,7 @@ from compare import command
 from crowded import crowded
 from measure import Row, active_isa
 from memory import growth, memory
-from parts import Plan, cell, first, scaling
+from parts import Plan, cell, eager, first, projection, ragged, scaling
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -34,7 +34,10 @@ class Part:
 
 
 PARTS = {
+    "eager": Part(eager),
     "cell": Part(cell),
+    "ragged": Part(ragged),
+    "projection": Part(projection),
     "memory": Part(memory),
     "growth": Part(growth),
     "first": Part(first),
@@ -49,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("--parts", nargs="+", choices=PARTS, help="default: all that this machine can run")
-    add("--seconds", type=float, default=1.0, help="for each row of cell, growth and scaling")
+    add("--seconds", type=float, default=1.0, help="for each row that is timed in turns")
     add("--rounds", type=int, default=3, help="at least so many, even past --seconds (default: 3)")
     add("--quick", action="store_true", help="few cases, --seconds 0.2 --rounds 2")
     add("--json", type=Path, metavar="PATH", help="write everything, raw samples too")

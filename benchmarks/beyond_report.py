@@ -6,11 +6,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from measure import Row, alike, unique
+from measure import Row, alike, spread, unique
+from parts import MODES
 from peers import OURS
 from report import (
     Sheet,
     duration,
+    facts,
     opening,
     percent,
     picture_lines,
@@ -31,6 +33,19 @@ over the rounds: above 1 fastlstm is the faster one. With memory × is the same 
 fastlstm takes less."""
 
 TEXTS = {
+    "eager": """\
+One step (T=1, N=1) in inference, one thread, and what such a call is made of: the kernel alone
+(called with NumPy arrays and memory for its outputs), the check of shapes, dtypes and memory
+(`fits`), a call of a `torch.nn.Module` that does nothing, and fastlstm's module without any check:
+it reads its weights and runs the layer. What fastlstm takes beyond that is the cost of serving
+packed sequences, half precision, compilers, transforms and errors. The last lines are differences
+within a round, the median over the rounds, in brackets the quartiles.""",
+    "ragged": """\
+A batch of sequences whose lengths are spread evenly, from 20 to 200 steps, as a `PackedSequence`:
+fastlstm, nn.LSTM, and fastlstm on the same sequences padded to 200 steps. Packing is not in the
+times.""",
+    "projection": """\
+`proj_size=P`: h has P columns.""",
     "cell": """\
 `LSTMCell` called 100 times from a Python loop; training adds the backward of the sum of all h. The
 time is that of one of the steps.""",
@@ -63,12 +78,12 @@ its own: what disturbs the machine shows in both halves of a line alike, but not
 
 
 def print_report(data: dict[str, Any], console: Console) -> None:
-    print_facts(data, console)
+    print_facts(facts(data), console)
     print_sheets([SHEETS[name](rows) for name, rows in parts(data)], console)
 
 
 def write_markdown(data: dict[str, Any], path: Path, picture: Path | None) -> None:
-    lines = [*opening(data, "Beyond the table", "benchmarks/beyond.py"), "", METHOD]
+    lines = [*opening(facts(data), "Beyond the table", "benchmarks/beyond.py"), "", METHOD]
     for name, rows in parts(data):
         sheet = SHEETS[name](rows)
         lines += ["", f"## {sheet.title}", "", TEXTS[name], *table_lines(sheet)]
@@ -83,21 +98,67 @@ def parts(data: dict[str, Any]) -> list[tuple[str, list[Row]]]:
     ]
 
 
+EAGER_PARTS = {
+    "kernel": "kernel alone",
+    "fits": "check of shapes, dtypes and memory",
+    "empty": "empty module",
+    "unchecked": "fastlstm without checks",
+    OURS: "fastlstm",
+    "torch": "nn.LSTM",
+}
+
+
+def eager_sheet(rows: list[Row]) -> Sheet:
+    lines = [
+        [title, *(duration(row["peers"][name]["seconds"]) for row in rows)]
+        for name, title in EAGER_PARTS.items()
+    ]
+    for name in ("unchecked", "kernel"):
+        title = f"fastlstm less {EAGER_PARTS[name]}"
+        lines.append([title, *(difference(row, OURS, name) for row in rows)])
+    header = ["T×N×D×H", *(row["case"] for row in rows)]
+    return Sheet("A plain eager call of one step, taken apart", header, lines)
+
+
+def difference(row: Row, one: str, other: str) -> str:
+    """How much longer one takes, within a round."""
+    pairs = zip(*(row["peers"][name]["samples"] for name in (one, other)), strict=True)
+    found = [1e6 * (a - b) for a, b in pairs]
+    low, high = spread(found)
+    return f"{median(found):+.2f} µs ({low:+.2f} to {high:+.2f})"
+
+
 def cell_sheet(rows: list[Row]) -> Sheet:
+    peers = {OURS: "fastlstm", "torch": "LSTMCell"}
+    return threads_sheet(rows, "LSTMCell in a Python loop: time of a step", peers, a_step=True)
+
+
+def ragged_sheet(rows: list[Row]) -> Sheet:
+    peers = {OURS: "fastlstm", "torch": "nn.LSTM", "padded": "fastlstm,\npadded"}
+    return threads_sheet(rows, "Ragged batches", peers)
+
+
+def projection_sheet(rows: list[Row]) -> Sheet:
+    return threads_sheet(rows, "Projections", {OURS: "fastlstm", "torch": "nn.LSTM"})
+
+
+def threads_sheet(
+    rows: list[Row], title: str, peers: dict[str, str], a_step: bool = False
+) -> Sheet:
+    """A line for every case, under a heading for every number of threads."""
     lines = []
     for count in unique(rows, "threads"):
         lines.append([threads_text(count["threads"])])
         section = alike(rows, count, "threads")
-        for first in unique(section, "case"):
-            modes = {row["mode"]: row for row in alike(section, first, "case")}
-            line = [sizes(first)]
-            for mode in ("inference", "training"):
-                line += times(modes[mode], first["T"])
+        for first in unique(section, "label"):
+            modes = {row["mode"]: row for row in alike(section, first, "label")}
+            line = [sizes(first) if a_step else first["label"]]
+            for mode in MODES:
+                line += times(modes[mode], first["T"] if a_step else 1, tuple(peers))
             lines.append(line)
-    header = ["N×D×H"]
-    for mode in ("inference", "training"):
-        header += [f"{mode}\nfastlstm", f"{mode}\nLSTMCell"]
-    return Sheet("LSTMCell in a Python loop: time of a step", header, lines)
+    header = ["N×D×H" if a_step else "T×N×D×H"]
+    header += [f"{mode}\n{name}" for mode in MODES for name in peers.values()]
+    return Sheet(title, header, lines)
 
 
 def memory_sheet(rows: list[Row]) -> Sheet:
@@ -204,7 +265,10 @@ def scaling_sheet(rows: list[Row]) -> Sheet:
 
 
 SHEETS = {
+    "eager": eager_sheet,
     "cell": cell_sheet,
+    "ragged": ragged_sheet,
+    "projection": projection_sheet,
     "memory": memory_sheet,
     "growth": growth_sheet,
     "first": first_sheet,
@@ -267,13 +331,16 @@ def sizes(row: Row) -> str:
     return f"{row['N']}×{row['D']}×{row['H']}"
 
 
-def times(row: Row | None, steps: int = 1) -> list[str]:
-    """Of both, for one of so many steps."""
+def times(row: Row | None, steps: int = 1, names: tuple[str, ...] = (OURS, "torch")) -> list[str]:
+    """Of each, for one of so many steps."""
     if row is None:
-        return ["–", "–"]
-    ours, theirs = row["peers"][OURS], row["peers"]["torch"]
-    text = f"{duration(theirs['seconds'] / steps)} {ratio(theirs['ratio'])}"
-    return [duration(ours["seconds"] / steps), text]
+        return ["–"] * len(names)
+    texts = []
+    for name in names:
+        measured = row["peers"][name]
+        text = duration(measured["seconds"] / steps)
+        texts.append(text if name == OURS else f"{text} {ratio(measured['ratio'])}")
+    return texts
 
 
 def mebibytes(ours: float, theirs: float) -> list[str]:

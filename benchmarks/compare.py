@@ -3,6 +3,7 @@
 python benchmarks/compare.py                     everything: about a quarter of an hour
 python benchmarks/compare.py --quick             one case of each group, few rounds
 python benchmarks/compare.py --cases step 100x32x64x64 --modes inference --threads 1
+python benchmarks/compare.py --device cuda       on a GPU: its own cases, peers and options (--help)
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = made.add_argument
+    add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--cases", nargs="+", metavar="CASE", help="groups, or T×N×D×H (default: all)")
     add("--modes", nargs="+", choices=MODES, default=MODES)
     add("--threads", nargs="+", type=int, default=[1, 2], metavar="N", help="default: 1 2")
@@ -141,7 +143,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return data
 
 
+def for_gpu(arguments: list[str]) -> bool:
+    found = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    found.add_argument("--device")
+    return found.parse_known_args(arguments)[0].device == "cuda"
+
+
 def main() -> None:
+    if for_gpu(sys.argv[1:]):
+        import gpu
+
+        sys.exit(gpu.main())
     args = parse()
     console = Console(width=None if sys.stdout.isatty() else 120)
     data = run(args)

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = ["fastlstm", "torch", "numpy", "onnxruntime", "onnx", "openvino", "jax", "jaxlib"]
+PACKAGES += ["triton", "flashrnn", "haste_pytorch"]
 SYS_CPU = Path("/sys/devices/system/cpu")
 
 

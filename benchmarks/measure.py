@@ -11,10 +11,11 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from multiprocessing import get_context
 from statistics import geometric_mean, median, quantiles
 from typing import Any
@@ -103,6 +104,7 @@ def measure_case(case: Case, settings: Settings) -> list[Row]:
 def new_row(case: Case, mode: str, settings: Settings) -> Row:
     return {
         "case": case.name,
+        "label": case.label,
         "group": case.group,
         **{size: getattr(case, size) for size in ("T", "N", "D", "H", "num_layers")},
         "bidirectional": case.bidirectional,
@@ -118,7 +120,8 @@ def new_row(case: Case, mode: str, settings: Settings) -> Row:
 def reference(problem: Problem, training: bool) -> Arrays:
     """The results of torch.nn.LSTM in float64, on the same numbers."""
     with torch.set_grad_enabled(training):
-        prepared = torch_lstm(problem.astype("float64"), training, threads=0)
+        doubles = problem.map(lambda array: array.astype(np.float64))
+        prepared = torch_lstm(doubles, training, threads=0)
         return prepared.results(prepared.call())
 
 
@@ -128,8 +131,8 @@ def check(prepared: Prepared, expected: Arrays, tolerance: float) -> dict[str, f
     for name, array in prepared.results(prepared.call()).items():
         if array.shape != expected[name].shape:
             raise ValueError(f"{name} has shape {array.shape}, not {expected[name].shape}")
-        scale = np.abs(expected[name]).max() or 1.0  # zero: the gradient of weight_hh at T=1
-        difference = np.abs(array - expected[name]).max() / scale
+        scale = abs(expected[name]).max() or 1.0  # zero: the gradient of weight_hh at T=1
+        difference = abs(array - expected[name]).max() / scale
         kind = "error_y" if name == "y" else "error_gradients"
         errors[kind] = max(errors.get(kind, 0.0), float(difference))
         if not difference <= tolerance:
@@ -169,9 +172,10 @@ def interleave(
     try:
         numbers = {name: calibrate(call) for name, call in calls.items()}
         samples: dict[str, list[float]] = {name: [] for name in calls}
-        order = list(calls)
         start = time.perf_counter()
-        while len(peaks) < settings.rounds or time.perf_counter() - start < settings.seconds:
+        for order in turns(calls):
+            if len(peaks) >= settings.rounds and time.perf_counter() - start >= settings.seconds:
+                break
             for name in order:
                 time.sleep(SETTLE)
                 if not samples[name] or samples[name][-1] < WARM_CALL:
@@ -179,9 +183,6 @@ def interleave(
                 samples[name].append(timed(calls[name], numbers[name]) / numbers[name])
             time.sleep(SETTLE)
             peaks.append(_core.fma_peak(settings.threads, itemsize))
-            order = order[1:] + order[:1]
-            if len(peaks) % len(order) == 0:
-                order.reverse()  # or each would always follow the same other one
     finally:
         gc.enable()
     measured = {
@@ -190,12 +191,14 @@ def interleave(
     return measured, peaks
 
 
-def calibrate(call: Callable[[], Any]) -> int:
-    """The number of calls that last MIN_SAMPLE; check() has made the first one."""
-    number = 1
-    while (elapsed := timed(call, number)) < MIN_SAMPLE:
-        number = math.ceil(1.2 * number * MIN_SAMPLE / elapsed)
-    return number
+def turns(names: Iterable[str]) -> Iterator[list[str]]:
+    """In which order they take their turns, round by round."""
+    order = list(names)
+    for done in count(1):
+        yield order
+        order = order[1:] + order[:1]
+        if done % len(order) == 0:
+            order.reverse()  # or each would always follow the same other one
 
 
 def timed(call: Callable[[], Any], number: int) -> float:
@@ -203,6 +206,16 @@ def timed(call: Callable[[], Any], number: int) -> float:
     for _ in range(number):
         call()
     return time.perf_counter() - start
+
+
+def calibrate(
+    call: Callable[[], Any], clock: Callable[[Callable[[], Any], int], float] = timed
+) -> int:
+    """The number of calls that last MIN_SAMPLE; check() has made the first one."""
+    number = 1
+    while (elapsed := clock(call, number)) < MIN_SAMPLE:
+        number = math.ceil(1.2 * number * MIN_SAMPLE / elapsed)
+    return number
 
 
 def summarise(rows: list[Row]) -> list[Row]:
@@ -238,13 +251,19 @@ def summarise_row(row: Row) -> None:
         ratios = [theirs / own for theirs, own in zip(measured["samples"], ours, strict=True)]
         measured["seconds"] = median(measured["samples"])
         measured["ratio"] = median(ratios)
-        if len(ratios) > 1:
-            low, _, high = quantiles(ratios, n=4)
-            measured["ratio_quartiles"] = [low, high]
+        measured["ratio_quartiles"] = spread(ratios)
         measured["gflops"] = row["flops"] / measured["seconds"] / 1e9
         pairs = zip(measured["samples"], row["fma_peak_gflops"], strict=True)
         shares = [row["flops"] / seconds / (peak * 1e9) for seconds, peak in pairs]
         measured["percent_of_peak"] = 100 * median(shares)
+
+
+def spread(values: list[float]) -> list[float]:
+    """The lower and the upper quartile."""
+    if len(values) < 2:
+        return [values[0], values[0]]
+    low, _, high = quantiles(values, n=4)
+    return [low, high]
 
 
 def mean(rows: list[Row], peer: str, quantity: str) -> float:

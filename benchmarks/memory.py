@@ -6,11 +6,10 @@ import gc
 from pathlib import Path
 
 import torch
-from cases import Case, Problem
+from cases import Case
 from machine import available_cpus
-from measure import Row, Settings, new_row, worker
-from parts import MODES, PAIR, Plan, module_call, module_class, time_pair
-from peers import PEERS
+from measure import Row, new_row, worker
+from parts import MODES, PAIR, Plan, module_call, module_class, module_row
 from torch.autograd.graph import saved_tensors_hooks
 
 # memory: what a training step keeps, and its peak
@@ -96,14 +95,6 @@ def training_bytes(case: Case) -> float:
     return 4 * case.T * case.N * (3 * case.D + 8 * case.H)
 
 
-def growth_row(case: Case, mode: str, settings: Settings) -> Row:
-    training = mode == "training"
-    with torch.set_grad_enabled(training):
-        problem = Problem.random(case, settings.dtype)
-        prepared = {n: PEERS[n].prepare(problem, training, settings.threads) for n in PAIR}
-        return time_pair(case, mode, prepared, settings, checked=case.T <= CHECKED)
-
-
 def growth(plan: Plan) -> list[Row]:
     lengths = LENGTHS[:3] if plan.quick else LENGTHS
     cases = [Case("growth", T, *sizes) for sizes in GROWING for T in lengths]
@@ -113,7 +104,8 @@ def growth(plan: Plan) -> list[Row]:
             for mode in MODES:
                 if mode == "inference" or training_bytes(case) <= MOST_MEMORY:
                     plan.tell(f"{case.name} {mode}")
-                    work = process.submit(growth_row, case, mode, plan.settings(1))
+                    checked = case.T <= CHECKED
+                    work = process.submit(module_row, case, mode, plan.settings(1), checked)
                     rows.append(work.result())
     for case in cases:
         if case.T >= LONG:

@@ -1,4 +1,4 @@
-"""What the parts of beyond.py share, and three of them: cell, first and scaling.
+"""What the parts of beyond.py share, and those that time calls: all but memory, growth, crowded.
 
 A part is a function that measures in processes of its own and returns rows; what runs inside those
 processes stands above it. Both peers are called the same way, and take turns as in measure.py.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from cases import CASES, Case, Problem
 from machine import available_cpus
@@ -27,7 +28,7 @@ from measure import (
     watch,
     worker,
 )
-from peers import OURS, Prepared
+from peers import OURS, PEERS, Prepared
 
 PAIR = (OURS, "torch")
 MODES = ("inference", "training")
@@ -77,16 +78,152 @@ def module_call(module: Any, x: torch.Tensor, training: bool) -> Callable[[], An
 def time_pair(
     case: Case, mode: str, prepared: dict[str, Prepared], settings: Settings, checked: bool = True
 ) -> Row:
-    """A row of both, timed in turn; a difference between their results is an error."""
+    """A row of both, timed in turn; a difference between their results is an error.
+
+    There may be more than the two.
+    """
     row = new_row(case, mode, settings)
     if checked:
-        theirs = prepared["torch"]
-        check(prepared[OURS], theirs.results(theirs.call()), BOTH_FLOAT32)
+        expected = prepared["torch"].results(prepared["torch"].call())
+        for name, one in prepared.items():
+            if name != "torch":
+                check(one, expected, BOTH_FLOAT32)
     with watch(row):
         calls = {name: one.call for name, one in prepared.items()}
         row["peers"], row["fma_peak_gflops"] = interleave(calls, settings)
     summarise_row(row)
     return row
+
+
+def module_row(case: Case, mode: str, settings: Settings, checked: bool = True) -> Row:
+    training = mode == "training"
+    with torch.set_grad_enabled(training):
+        problem = Problem.random(case, settings.dtype)
+        prepared = {n: PEERS[n].prepare(problem, training, settings.threads) for n in PAIR}
+        if case.shortest:
+            prepared["padded"] = padded(problem, training, settings.threads)
+        return time_pair(case, mode, prepared, settings, checked)
+
+
+def in_workers(
+    cases: list[Case], row: Callable[[Case, str, Settings], Row], plan: Plan
+) -> list[Row]:
+    """A row of every case and mode with one thread and with two."""
+    rows = []
+    for threads in thread_counts(2):
+        with worker(available_cpus()[:threads]) as process:
+            for case in cases:
+                for mode in MODES:
+                    plan.tell(f"{case.label} {mode}, {threads} thread(s)")
+                    work = process.submit(row, case, mode, plan.settings(threads))
+                    rows.append(work.result())
+    return rows
+
+
+# eager: a plain call of a single step, taken apart
+
+EAGER = [Case("eager", 1, 1, H, H) for H in (64, 128)]
+
+
+class Empty(torch.nn.Module):
+    """What any module costs."""
+
+    def forward(self, input: torch.Tensor, hx: Any = None) -> torch.Tensor:
+        return input
+
+
+def eager_row(case: Case, settings: Settings) -> Row:
+    """Ours and nn.LSTM in inference, beside what a call of ours is made of.
+
+    The class without checks reads its weights anew and runs the layer, as any drop-in must; the
+    rest of a call is what support of packed sequences, half precision, compilers, transforms and
+    errors costs.
+    """
+    from fastlstm import _core
+    from fastlstm._torch import run_layer
+
+    class Unchecked(module_class(OURS)):  # type: ignore[misc]
+        def forward(self, input: Any, hx: Any = None) -> Any:
+            own = self._parameters
+            y, h, c = run_layer(
+                1, input, None, None, [own[name] for name in self._flat_weights_names]
+            )
+            return y, (h, c)
+
+    problem = Problem.random(case, settings.dtype)
+    x, arrays = torch.from_numpy(problem.x), list(problem.weights.values())
+    y, h, c = (np.empty((1, 1, case.H), problem.x.dtype) for _ in range(3))
+    unchecked = Unchecked(case.D, case.H).eval()
+    unchecked.load_state_dict({n: torch.from_numpy(w) for n, w in problem.weights.items()})
+    weights = list(unchecked.parameters())
+    sizes = (case.D, case.H, 0, 1, 1, False, 3, 0)
+    empty = Empty()
+
+    def kernel() -> Any:
+        _core.forward(
+            problem.x, None, None, arrays, y, h, c, None, None, None, (), False, settings.threads
+        )
+        return y, (h, c)
+
+    prepared = {name: PEERS[name].prepare(problem, False, settings.threads) for name in PAIR}
+    expected = prepared["torch"].results(prepared["torch"].call())
+    prepared["unchecked"] = Prepared(lambda: unchecked(x), prepared[OURS].results)
+    prepared["kernel"] = Prepared(kernel, lambda result: {"y": result[0]})
+    row = new_row(case, "inference", settings)
+    with torch.no_grad():
+        for one in prepared.values():
+            check(one, expected, BOTH_FLOAT32)
+        assert _core.fits(x, None, weights, *sizes)
+        calls = {name: one.call for name, one in prepared.items()}
+        calls["fits"] = lambda: _core.fits(x, None, weights, *sizes)
+        calls["empty"] = lambda: empty(x)
+        with watch(row):
+            row["peers"], row["fma_peak_gflops"] = interleave(calls, settings)
+    summarise_row(row)
+    return row
+
+
+def eager(plan: Plan) -> list[Row]:
+    rows = []
+    with worker(available_cpus()[:1]) as process:
+        for case in EAGER[:1] if plan.quick else EAGER:
+            plan.tell(case.label)
+            rows.append(process.submit(eager_row, case, plan.settings(1)).result())
+    return rows
+
+
+# ragged: sequences of many lengths; projection
+
+RAGGED = [Case("ragged", 200, 64, H, H, shortest=20) for H in (128, 256)]
+PROJECTED = [
+    Case("projection", 100, 16, 128, 512, proj_size=128),
+    Case("projection", 50, 64, 256, 1024, proj_size=256),
+]
+
+
+def padded(problem: Problem, training: bool, threads: int) -> Prepared:
+    """Ours on the same sequences, all of them padded to length T."""
+    case = problem.case
+    real = np.arange(case.T)[:, None] < case.lengths
+    dense = replace(
+        problem, case=replace(case, shortest=0), grad_y=problem.grad_y * real[:, :, None]
+    )
+    dense = dense.map(lambda array: array.astype(problem.x.dtype))
+    prepared = PEERS[OURS].prepare(dense, training, threads)
+
+    def results(result: Any) -> dict[str, Any]:
+        found = prepared.results(result)
+        return {n: a[real] if n in ("y", "grad x") else a for n, a in found.items()}
+
+    return prepared._replace(results=results)
+
+
+def ragged(plan: Plan) -> list[Row]:
+    return in_workers(RAGGED[:1] if plan.quick else RAGGED, module_row, plan)
+
+
+def projection(plan: Plan) -> list[Row]:
+    return in_workers(PROJECTED[:1] if plan.quick else PROJECTED, module_row, plan)
 
 
 # cell: steps of an LSTMCell in a Python loop
@@ -135,15 +272,7 @@ def cell_row(case: Case, mode: str, settings: Settings) -> Row:
 
 
 def cell(plan: Plan) -> list[Row]:
-    rows = []
-    for threads in thread_counts(2):
-        with worker(available_cpus()[:threads]) as process:
-            for case in CELLS:
-                for mode in MODES:
-                    plan.tell(f"{case.name} {mode}, {threads} thread(s)")
-                    work = process.submit(cell_row, case, mode, plan.settings(threads))
-                    rows.append(work.result())
-    return rows
+    return in_workers(CELLS, cell_row, plan)
 
 
 # first: the first call of a process, and of a length

@@ -20,41 +20,75 @@ from cases import Arrays, Problem
 class Prepared(NamedTuple):
     call: Callable[[], Any]
     results: Callable[[Any], Arrays]  # of what call() returned: "y", and "grad ..." in training
+    forward: Callable[[], Any] | None = None  # of training, the part that keeps for backward
+    module_call: tuple[Any, ...] = ()  # the module and its input, where there is one
 
 
-def torch_module(module_class: type, problem: Problem, training: bool) -> Prepared:
-    """`module_class` is torch.nn.LSTM or a drop-in for it."""
-    import torch
-
-    case = problem.case
-    x, grad_y = torch.from_numpy(problem.x), torch.from_numpy(problem.grad_y)
-    module = module_class(
-        case.D, case.H, case.num_layers, bidirectional=case.bidirectional, dtype=x.dtype
-    )
-    module.load_state_dict({n: torch.from_numpy(w) for n, w in problem.weights.items()})
+def torch_call(
+    forward: Callable[[], Any],
+    output: Callable[[Any], Any],
+    leaves: dict[str, Any],
+    grad_y: Any,
+    training: bool,
+) -> Prepared:
+    """`output` takes y out of what `forward` returns; leaves have the gradients in the end."""
     if not training:
-        module.eval()
-
-        def inference() -> Any:
-            return module(x)
-
-        return Prepared(inference, lambda result: {"y": result[0].numpy()})
-
-    leaves = {"x": x.clone().requires_grad_(), **dict(module.named_parameters())}
-    x = leaves["x"]
+        return Prepared(forward, lambda result: {"y": numbers(output(result))})
 
     def step() -> Any:
         for leaf in leaves.values():  # what optimizer.zero_grad() does
             leaf.grad = None
-        y, _ = module(x)
-        y.backward(grad_y)
-        return y
+        result = forward()
+        output(result).backward(grad_y)
+        return result
 
-    def results(y: Any) -> Arrays:
-        gradients = {f"grad {name}": leaf.grad.numpy() for name, leaf in leaves.items()}
-        return {"y": y.detach().numpy(), **gradients}
+    def results(result: Any) -> Arrays:
+        gradients = {f"grad {name}": numbers(leaf.grad) for name, leaf in leaves.items()}
+        return {"y": numbers(output(result)), **gradients}
 
-    return Prepared(step, results)
+    return Prepared(step, results, forward)
+
+
+def numbers(tensor: Any) -> Any:
+    """The numbers of a tensor in float64: an array, or a tensor where it is on another device."""
+    doubles = tensor.detach().double()
+    return doubles if doubles.is_cuda else doubles.numpy()
+
+
+def torch_module(module_class: type, problem: Problem, training: bool) -> Prepared:
+    """`module_class` is torch.nn.LSTM or a drop-in for it; the problem has arrays or tensors."""
+    import torch
+    from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+    case = problem.case
+    x, grad_y = torch.as_tensor(problem.x), torch.as_tensor(problem.grad_y)
+    module = module_class(
+        case.D,
+        case.H,
+        case.num_layers,
+        bidirectional=case.bidirectional,
+        proj_size=case.proj_size,
+        device=x.device,
+        dtype=x.dtype,
+    )
+    module.load_state_dict({n: torch.as_tensor(w) for n, w in problem.weights.items()})
+    sizes = None
+    if case.shortest:
+        x, sizes, *_ = pack_padded_sequence(x, case.lengths)
+        grad_y = pack_padded_sequence(grad_y, case.lengths).data
+    leaves = {}
+    if training:
+        x = x.clone().requires_grad_()
+        leaves = {"x": x, **dict(module.named_parameters())}
+    else:
+        module.eval()
+    batch = x if sizes is None else PackedSequence(x, sizes)
+
+    def output(result: Any) -> Any:
+        return result[0] if sizes is None else result[0].data
+
+    prepared = torch_call(lambda: module(batch), output, leaves, grad_y, training)
+    return prepared._replace(module_call=(module, batch))
 
 
 def torch_lstm(problem: Problem, training: bool, threads: int) -> Prepared:

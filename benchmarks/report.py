@@ -26,6 +26,8 @@ come to. **Error** is the largest difference from float64 `torch.nn.LSTM`, of th
 training of every gradient, relative to the largest value of the array it is in."""
 
 
+Facts = list[tuple[str, str]]  # what the numbers were measured on and how, by name
+
 # In the picture: the colours of the bar for nn.LSTM, mark and colour of the other peers.
 BAR, BAR_BEHIND = "#93c5fd", "#fca5a5"
 MARKS = {"onnxruntime": ("o", "#c2410c"), "openvino": ("D", "#7c3aed"), "jax": ("^", "#111827")}
@@ -120,7 +122,7 @@ def slower_lines(data: dict[str, Any]) -> list[str]:
     return lines
 
 
-def facts(data: dict[str, Any]) -> list[tuple[str, str]]:
+def facts(data: dict[str, Any]) -> Facts:
     machine = data["machine"]
     timed = [row for row in data["rows"] if "fma_peak_gflops" in row]
     peaks = []
@@ -149,14 +151,14 @@ def facts(data: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def print_report(data: dict[str, Any], console: Console) -> None:
-    print_facts(data, console)
+    print_facts(facts(data), console)
     print_sheets(sheets(data), console)
     for text in slower_lines(data):
         console.print(text, highlight=False, markup=False)
 
 
-def print_facts(data: dict[str, Any], console: Console) -> None:
-    for name, text in facts(data):
+def print_facts(found: Facts, console: Console) -> None:
+    for name, text in found:
         console.print(f"[bold]{name}[/]: {text}", highlight=False)
 
 
@@ -182,7 +184,7 @@ def print_sheets(sheets: list[Sheet], console: Console) -> None:
 
 
 def write_markdown(data: dict[str, Any], path: Path, picture: Path | None) -> None:
-    lines = opening(data, "Results", "benchmarks/compare.py")
+    lines = opening(facts(data), "Results", "benchmarks/compare.py")
     lines += ["", METHOD, "", *(f"- {line}" for line in slower_lines(data))]
     lines += picture_lines(path, picture, "How many times faster fastlstm is, case by case")
     for sheet in sheets(data):
@@ -190,10 +192,10 @@ def write_markdown(data: dict[str, Any], path: Path, picture: Path | None) -> No
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def opening(data: dict[str, Any], title: str, script: str) -> list[str]:
+def opening(found: Facts, title: str, script: str) -> list[str]:
     lines = [f"# {title}", "", f"Written by `{script} --results`; not edited by hand."]
     lines += ["", "| | |", "|---|---|"]
-    for name, text in facts(data):
+    for name, text in found:
         lines.append(f"| {name} | {f'`{text}`' if name == 'Command' else text} |")
     return lines
 

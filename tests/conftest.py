@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from fastlstm import _core
 
+pytest.register_assert_rewrite("helpers_torch")  # its comparisons say what differs
+
 # The same examples on every run: a red test stays red until it is mended.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")

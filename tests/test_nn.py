@@ -1,8 +1,4 @@
-"""fastlstm.nn beside torch.nn: the same results, gradients, errors and manners.
-
-"The same outcome" means that both return equal values or that both raise the same error, so these
-tests hold for whatever torch version is installed.
-"""
+"""fastlstm.nn beside torch.nn: the same results, gradients, errors and manners."""
 
 from __future__ import annotations
 
@@ -12,7 +8,6 @@ import itertools
 import pickle
 import re
 import sys
-import warnings
 
 import numpy as np
 import pytest
@@ -21,106 +16,29 @@ from helpers import run_python, stdout_of
 torch = pytest.importorskip("torch", reason="tests of the torch side")
 
 import fastlstm.nn  # noqa: E402 - needs torch
+from helpers_torch import (  # noqa: E402
+    F32,
+    F64,
+    TRANSFORMS,
+    D,
+    H,
+    Marked,
+    N,
+    T,
+    assert_close,
+    assert_same,
+    assert_same_outcome,
+    backward,
+    copy_of,
+    every_dtype,
+    flatten,
+    leaf,
+    outcome,
+    pair,
+    transposed,
+)
 from torch import nn  # noqa: E402
-from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
-from torch.nn.utils import parametrizations, prune, rnn  # noqa: E402
-
-T, N, D, H = 6, 3, 4, 5
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
-every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-F32, F64 = torch.float32, torch.float64
-# More than in test_kernels.py, since nn.LSTM is off as well; other dtypes are torch's own: equal.
-TOLERANCE = {F32: 1e-5, F64: 2e-14}
-
-
-class Marked(torch.Tensor):
-    """A subclass that means nothing by it."""
-
-
-# --- comparisons ---------------------------------------------------------------------------------
-
-
-def flatten(value):
-    """All tensors of a nested result; None stays."""
-    if isinstance(value, rnn.PackedSequence):
-        return [value.data, value.batch_sizes, value.sorted_indices, value.unsorted_indices]
-    if isinstance(value, (tuple, list)):
-        return [tensor for part in value for tensor in flatten(part)]
-    return [value]
-
-
-def assert_close(actual, expected, *, scale=1.0):
-    """Nested results with the same structure, dtypes, devices and, up to rounding, values."""
-    assert type(actual) is type(expected)
-    for a, e in zip(flatten(actual), flatten(expected), strict=True):
-        if e is None or not isinstance(e, torch.Tensor):
-            assert a == e
-            continue
-        assert (a.shape, a.dtype, a.device) == (e.shape, e.dtype, e.device)
-        if a.numel() == 0 or a.device.type == "meta":
-            continue
-        if not a.is_floating_point():
-            assert torch.equal(a, e)
-            continue
-        limit = scale * TOLERANCE.get(a.dtype, 0) * max(1.0, e.detach().abs().max().item())
-        torch.testing.assert_close(a, e, rtol=0, atol=limit, equal_nan=True)
-
-
-def outcome(f):
-    """What f returns, or the type and the text of what it raises, and what it warns of."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            result = f()
-        except Exception as error:
-            result = (type(error), str(error))
-    return result, [(w.category, str(w.message)) for w in caught]
-
-
-def assert_same_outcome(ours, theirs, **kwargs):
-    (a, a_warnings), (e, e_warnings) = outcome(ours), outcome(theirs)
-    assert_close(a, e, **kwargs)
-    assert a_warnings == e_warnings
-    return e
-
-
-def pair(*args, cell=False, seed=0, **kwargs):
-    """Ours and theirs with the same parameters."""
-    name = "LSTMCell" if cell else "LSTM"
-    torch.manual_seed(seed)
-    theirs = getattr(nn, name)(*args, **kwargs)
-    ours = getattr(fastlstm.nn, name)(*args, **kwargs)
-    ours.load_state_dict(theirs.state_dict())
-    return ours, theirs
-
-
-def leaf(*shape, dtype=F32, seed=0, grad=True):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, dtype=dtype, generator=generator).requires_grad_(grad)
-
-
-def copy_of(x):
-    """Of the same strides."""
-    return x.detach().clone(memory_format=torch.preserve_format)
-
-
-def backward(module, *inputs):
-    """The result, and the gradients of inputs and parameters of a loss that uses all of it."""
-    inputs = [copy_of(x).requires_grad_() for x in inputs]
-    x, *state = inputs
-    result = module(x, tuple(state)) if state else module(x)
-    outputs = flatten(result)
-    incoming = [torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view_as(t) for t in outputs]
-    grads = torch.autograd.grad(
-        outputs, [*inputs, *module.parameters()], incoming, allow_unused=True
-    )
-    return result, list(grads)
-
-
-def assert_same(ours, theirs, *inputs):
-    """Result and every gradient."""
-    assert_close(backward(ours, *inputs), backward(theirs, *inputs))
-
+from torch.nn.utils import rnn  # noqa: E402
 
 # --- results and gradients -----------------------------------------------------------------------
 
@@ -243,10 +161,6 @@ def test_nan_and_inf(value, dtype):
     assert_same(ours, theirs, x)
     others = ours(x)[0].detach()[:, [0, 2]]
     assert torch.equal(others, clean[:, [0, 2]])
-
-
-def transposed(x):
-    return x.transpose(0, -1).contiguous().transpose(0, -1)
 
 
 def sliced(x):
@@ -629,179 +543,7 @@ def test_memory_layout_of_the_output(batch_first):
             assert a.is_contiguous()
 
 
-# --- convert -------------------------------------------------------------------------------------
-
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Linear(D, D)
-        self.rnn = nn.LSTM(D, H, 2, batch_first=True, dropout=0.1, bidirectional=True)
-        self.stack = nn.ModuleList(
-            [nn.LSTMCell(2 * H, H), nn.ModuleDict({"cell": nn.LSTMCell(H, H)})]
-        )
-        self.alias = self.rnn  # one module under two names
-
-    def forward(self, x):
-        y, _ = self.rnn(self.embed(x))
-        h, _ = self.stack[0](y[:, -1])
-        return self.stack[1]["cell"](h)[0]
-
-
-def test_convert_nested_and_shared_modules():
-    torch.manual_seed(0)
-    model = Model()
-    parameters = dict(model.named_parameters())
-    x = leaf(N, T, D, grad=False)
-    expected = backward(model.eval(), x)
-
-    assert fastlstm.nn.convert(model) is model
-    assert type(model.rnn) is fastlstm.nn.LSTM
-    assert type(model.stack[0]) is fastlstm.nn.LSTMCell
-    assert type(model.stack[1]["cell"]) is fastlstm.nn.LSTMCell
-    assert model.alias is model.rnn
-    assert type(model.embed) is nn.Linear
-    converted = dict(model.named_parameters())
-    assert list(converted) == list(parameters)
-    assert all(converted[name] is p for name, p in parameters.items())
-    assert not model.training
-    assert not model.rnn.training
-    assert_close(backward(model, x), expected)
-
-    assert fastlstm.nn.convert(model) is model  # a second time changes nothing
-    assert_close(backward(model, x), expected)
-
-
-@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
-def test_convert_the_module_itself(cell):
-    _, theirs = pair(D, H, cell=cell)
-    x = leaf(N, D) if cell else leaf(T, N, D)
-    expected = backward(theirs, x)
-    parameters = list(theirs.parameters())
-    ours = fastlstm.nn.convert(theirs)
-    assert type(ours) is (fastlstm.nn.LSTMCell if cell else fastlstm.nn.LSTM)
-    assert all(a is b for a, b in zip(ours.parameters(), parameters, strict=True))
-    assert_close(backward(ours, x), expected)
-
-
-def test_convert_keeps_the_optimizer_working():
-    models = []
-    for convert in (True, False):
-        torch.manual_seed(0)
-        model = Model().eval()
-        optimizer = torch.optim.Adam(model.parameters(), 0.01)
-        if convert:
-            model = fastlstm.nn.convert(model)
-        for _ in range(3):
-            optimizer.zero_grad()
-            model(leaf(N, T, D, grad=False)).square().sum().backward()
-            optimizer.step()
-        models.append(model)
-    for a, e in zip(*(m.parameters() for m in models), strict=True):
-        assert_close(a, e, scale=20)  # Adam divides by small numbers
-
-
-def test_convert_leaves_subclasses_alone():
-    class Mine(nn.LSTM):
-        def forward(self, x, hx=None):
-            return "mine"
-
-    class MyCell(nn.LSTMCell):
-        pass
-
-    model = nn.ModuleList([Mine(D, H), MyCell(D, H), nn.GRU(D, H), nn.LSTM(D, H)])
-    with pytest.warns(UserWarning, match=r"left subclasses as they are: 0 \(Mine\), 1 \(MyCell\)$"):
-        fastlstm.nn.convert(model)
-    assert [type(m) for m in model] == [Mine, MyCell, nn.GRU, fastlstm.nn.LSTM]
-    with pytest.warns(UserWarning, match=r"model \(Mine\)"):
-        assert type(fastlstm.nn.convert(Mine(D, H))) is Mine
-    fastlstm.nn.revert(model)
-    assert [type(m) for m in model] == [Mine, MyCell, nn.GRU, nn.LSTM]
-
-
-def test_convert_and_revert():
-    def build():
-        torch.manual_seed(0)
-        model = nn.ModuleDict({"a": nn.LSTM(D, H), "b": nn.Sequential(nn.LSTMCell(D, H))})
-        model["shared"] = model["a"]
-        model["spectral"] = parametrizations.spectral_norm(nn.LSTM(D, H), "weight_hh_l0")
-        return model.eval()
-
-    def classes(model):
-        return [type(m) for m in model.modules()]
-
-    model, twin = build(), build()
-    before = classes(model)
-    state = copy.deepcopy(model.state_dict())
-    assert fastlstm.nn.convert(model) is model
-    converted = classes(model)
-    assert isinstance(model["a"], fastlstm.nn.LSTM) and model["shared"] is model["a"]
-    assert isinstance(model["spectral"], fastlstm.nn.LSTM)
-    assert isinstance(model["b"][0], fastlstm.nn.LSTMCell) and not model["a"].training
-    x = leaf(T, N, D)
-    for name in ("a", "spectral"):
-        assert_same(model[name], twin[name], x)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        fastlstm.nn.convert(model)
-    assert classes(model) == converted
-    assert fastlstm.nn.revert(model) is model
-    assert [c.__name__ for c in classes(model)] == [c.__name__ for c in before]
-    assert not any(isinstance(m, fastlstm.nn.LSTM | fastlstm.nn.LSTMCell) for m in model.modules())
-    assert_same(model["spectral"], twin["spectral"], x)
-    assert_close(list(model.state_dict().values()), list(state.values()))
-    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got int"):
-        fastlstm.nn.revert(3)
-
-
-def test_convert_keeps_hooks_flags_and_attributes():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.LSTM(D, H))
-    model[0].weight_hh_l0.requires_grad_(False)
-    model[0].note = "mine"
-    calls = []
-    model[0].register_forward_hook(lambda *_: calls.append("forward"))
-    model[0].register_full_backward_hook(lambda *_: calls.append("backward"))
-    model = fastlstm.nn.convert(model)
-    y, _ = model(leaf(T, N, D))
-    y.sum().backward()
-    assert calls == ["forward", "backward"]
-    assert model[0].note == "mine"
-    assert not model[0].weight_hh_l0.requires_grad
-    assert model[0].weight_hh_l0.grad is None
-
-
-def test_convert_what_is_no_module():
-    with pytest.raises(TypeError, match=r"(?s)expected.*Module.*got.*int"):
-        fastlstm.nn.convert(3)
-
-
-def test_convert_transformed_modules():
-    """weight_norm and pruning leave hooks or subclasses behind; the results stay."""
-    x = leaf(T, N, D)
-    for name in ("weight_norm", "weight_norm_old", "prune"):
-        twins = []
-        for _ in range(2):  # some transformed modules cannot be deep-copied
-            torch.manual_seed(0)
-            twins.append(TRANSFORMS[name](nn.LSTM(D, H)))
-        assert_same(fastlstm.nn.convert(twins[0]), twins[1], x)
-
-
 # --- weights that are replaced or changed --------------------------------------------------------
-
-
-def old_weight_norm(module):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # deprecated, and still in use
-        return nn.utils.weight_norm(module, "weight_hh_l0")
-
-
-TRANSFORMS = {
-    "weight_norm": lambda m: parametrizations.weight_norm(m, "weight_hh_l0"),
-    "weight_norm_old": old_weight_norm,
-    "spectral_norm": lambda m: parametrizations.spectral_norm(m, "weight_hh_l0"),
-    "prune": lambda m: prune.l1_unstructured(m, "weight_hh_l0", amount=0.5),
-}
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
@@ -811,7 +553,7 @@ def test_reparametrized_weights(transform, twice):
     results = []
     for module in modules:
         torch.manual_seed(5)
-        transformed = transform(module)
+        transformed = transform(module, "weight_hh_l0")
         x = leaf(T, N, D)
         if twice:
             transformed(x)[0].square().sum().backward()
@@ -1284,141 +1026,6 @@ def test_autocast_leaves_float64_alone():
     assert_same_outcome(lambda: run(ours), lambda: run(theirs))
 
 
-# Dynamo hides this warning of its own, but not from a filter that makes it an error.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
-def test_compile(backend, cell):
-    """A model around the module compiles, and gives the uncompiled results."""
-
-    class Around(nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-            self.head = nn.Linear(H, 2)
-
-        def forward(self, x):
-            h, _ = self.inner(x + 1)
-            return self.head(h)
-
-    torch.manual_seed(0)
-    ours, _ = pair(D, H, cell=cell)
-    model = Around(ours)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend=backend)
-    for steps in (T, T + 1, T + 2):
-        x = leaf(steps, D) if cell else leaf(steps, N, D)
-        expected, actual = backward(model, x), backward(compiled, x)
-        assert_close(actual, expected)
-        with torch.no_grad():
-            assert_close(compiled(x), model(x))
-    torch._dynamo.reset()
-
-
-class Between(nn.Module):
-    """Linear, LSTM, Linear."""
-
-    def __init__(self, inner):
-        super().__init__()
-        size = inner.proj_size or inner.hidden_size
-        self.first = nn.Linear(D, inner.input_size)
-        self.inner = inner
-        self.last = nn.Linear(size * (2 if inner.bidirectional else 1), 2)
-
-    def forward(self, x, hx=None):
-        y, state = self.inner(self.first(x), hx)
-        return self.last(y), state
-
-
-GRAPHS = {
-    "plain": {},
-    "batch first": {"batch_first": True},
-    "no bias": {"bias": False},
-    "two layers, two directions": {"num_layers": 2, "bidirectional": True},
-    "projection": {"proj_size": 3, "bidirectional": True},
-    "float64": {"dtype": F64},
-}
-
-
-@projected
-@pytest.mark.parametrize("with_state", [False, True])
-@pytest.mark.parametrize("config", GRAPHS.values(), ids=GRAPHS)
-@torch._dynamo.config.patch(allow_rnn=True)
-def test_compile_gives_one_graph(config, with_state):
-    """Training and inference, and no more than one compilation again when T and N change.
-
-    Dynamo refuses every instance of nn.LSTM before it looks at its forward, unless told otherwise.
-    """
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    dtype = config.get("dtype", F32)
-    inner = fastlstm.nn.LSTM(6, H, **config)
-    model = Between(inner).to(dtype)
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
-    slots = inner.num_layers * (2 if inner.bidirectional else 1)
-
-    def run(f, steps, batch):
-        x = leaf(*((batch, steps) if inner.batch_first else (steps, batch)), D, dtype=dtype)
-        sizes = (inner.proj_size or H, H)
-        hx = [leaf(slots, batch, n, dtype=dtype, seed=n) for n in sizes] if with_state else None
-        y, (h, c) = f(x, hx)
-        loss = y.square().sum() + (h * 1.3).sum() + c.square().sum()
-        return [y, h, c, *torch.autograd.grad(loss, [x, *(hx or ()), *model.parameters()])]
-
-    for steps, batch in ((T, N), (T + 1, N + 1), (T + 4, N + 2), (T + 9, N + 7)):
-        assert_close(run(compiled, steps, batch), run(model, steps, batch))
-    assert counter.frame_count <= 2
-    with torch.no_grad():
-        for steps in (T, T + 1, T + 2):
-            x = leaf(steps, N, D, dtype=dtype, grad=False)
-            assert_close(compiled(x), model(x))
-    assert counter.frame_count <= 4
-    torch._dynamo.reset()
-
-
-@projected
-@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"proj_size": 3}], ids=str)
-@pytest.mark.parametrize("with_state", [False, True])
-def test_operators(options, with_state):
-    """torch's own checks of a registered operator: schema, fake results, autograd, tracing."""
-    module = fastlstm.nn.LSTM(D, H, **options)
-    directions = 2 if module.bidirectional else 1
-    sizes = (module.proj_size or H, H)
-    state = [leaf(directions, N, n, seed=n) for n in sizes] if with_state else [None, None]
-    weights = [w.detach().requires_grad_() for w in module.parameters()]
-    for keep in (True, False):
-        args = (leaf(T, N, D), *state, weights, directions, keep)
-        if not keep:
-            args = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, args)
-        torch.library.opcheck(torch.ops.fastlstm.layer.default, args)
-    x = leaf(T, N, D, grad=False)
-    detached = [w.detach() for w in weights]
-    h0, c0 = (None if s is None else s.detach() for s in state)
-    y, _, c, *kept = torch.ops.fastlstm.layer(x, h0, c0, detached, directions, True)
-    needed = [True, with_state, with_state, *[True] * len(weights)]
-    grads = [torch.ones_like(y), None, torch.ones_like(c)]
-    torch.library.opcheck(
-        torch.ops.fastlstm.layer_backward.default,
-        (*grads, x, h0, c0, detached, y, kept, directions, needed),
-    )
-
-
-def test_export_keeps_one_node_and_reloads(tmp_path):
-    ours, theirs = pair(D, H, 2, bidirectional=True)
-    time, batch = torch.export.Dim("T", min=2), torch.export.Dim("N", min=2)
-    exported = torch.export.export(
-        ours, (leaf(T, N, D, grad=False),), dynamic_shapes=({0: time, 1: batch},)
-    )
-    targets = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
-    assert targets.count("fastlstm.layer.default") == 2  # one for each layer
-    torch.export.save(exported, tmp_path / "model.pt2")
-    loaded = torch.export.load(tmp_path / "model.pt2").module()
-    for steps, batches in ((T, N), (3, 7), (50, 2)):
-        x = leaf(steps, batches, D, grad=False)
-        assert_close(loaded(x), theirs(x))
-
-
 def test_activation_checkpointing():
     from torch.utils.checkpoint import checkpoint
 
@@ -1445,13 +1052,6 @@ def test_jit_trace():
     ours, theirs = pair(D, H, 2)
     traced = torch.jit.trace(ours, leaf(T, N, D, grad=False))
     assert_same(traced, theirs, leaf(T, N, D, seed=1))
-
-
-@pytest.mark.filterwarnings("ignore:The tensor attributes self._flat_weights:UserWarning")
-def test_export():
-    ours, theirs = pair(D, H, 2)
-    x = leaf(T, N, D, grad=False)
-    assert_close(torch.export.export(ours, (x,)).module()(x), theirs(x))
 
 
 def test_tensor_subclasses():

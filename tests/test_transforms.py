@@ -883,7 +883,6 @@ def test_an_exported_program_trains():
 # Dynamo's own, which it hides.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-@torch._dynamo.config.patch(allow_rnn=True)
 @pytest.mark.parametrize("name", ["grad", "jvp", "vmap"])
 def test_transforms_within_a_compiled_function(name):
     """In one graph."""

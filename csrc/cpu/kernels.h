@@ -2,8 +2,8 @@
 // nothing else; kernels.inl is the one source behind every table.
 //
 // A panel is a block of columns of a right-hand matrix B (K, columns) that a tile's registers span:
-// four vectors. Products add over k in order, one fused chain per element of C, so how the work is
-// cut into tiles, panels and threads never shows in the bits.
+// four vectors. Products add over k in an order that depends on K alone, so how the work is cut
+// into tiles, panels and threads never shows in the bits.
 #pragma once
 
 #include "../lstm.h"

@@ -33,6 +33,117 @@ def _refuse_forward_ad() -> None:
         )
 
 
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
+
+
+def weight_shapes(
+    D: int, H: int, P: int, layers: int, directions: int, bias: bool
+) -> list[tuple[int, ...]]:
+    """Return the shapes of all weights, in the order of `nn.LSTM._flat_weights`; P is proj_size."""
+    shapes: list[tuple[int, ...]] = []
+    for k in range(layers):
+        inputs = directions * (P or H) if k else D
+        biases = [(4 * H,), (4 * H,)] if bias else []
+        projection = [(P, H)] if P else []
+        shapes += [(4 * H, inputs), (4 * H, P or H), *biases, *projection] * directions
+    return shapes
+
+
+def fits(
+    x: Any,
+    hx: Any,
+    weights: list[Any],
+    D: int,
+    H: int,
+    P: int,
+    layers: int,
+    directions: int,
+    batch_first: bool,
+    dims: int,
+    N: Any,
+) -> bool:
+    """Say what `_core.fits` says, for a tracer: of any strides, and of any T and N.
+
+    N, which may be symbolic, is None where x is not ragged.
+    """
+    ragged = N is not None
+    if not isinstance(x, Tensor) or x.dim() not in ((2,) if ragged else (dims, dims - 1)):
+        return False
+    batched = ragged or x.dim() == dims
+    if batched and not ragged:
+        N = x.shape[0 if dims == 2 or batch_first else 1]
+    bias = len(weights) // (layers * directions) >= 4
+    x_shape = (*x.shape[:-1], D)
+    shapes = [x_shape, *weight_shapes(D, H, P, layers, directions, bias)]
+    tensors = [x, *weights]
+    if hx is not None:
+        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+            return False
+        lead = ((layers * directions,) if dims == 3 else ()) + ((N,) if batched else ())
+        shapes += [(*lead, P or H), (*lead, H)]
+        tensors += hx
+    return (
+        min(D, H) > 0
+        and x.dtype in (torch.float32, torch.float64)
+        and len(tensors) == len(shapes)
+        and all(
+            isinstance(tensor, Tensor)
+            and tensor.dtype == x.dtype
+            and tensor.device.type == "cpu"
+            and tensor.layout == torch.strided
+            and tensor.shape == shape
+            for tensor, shape in zip(tensors, shapes, strict=True)
+        )
+    )
+
+
+def check_batch_sizes(sizes: list[int], rows: int) -> None:
+    """Raise where the batch sizes of a PackedSequence, which anyone can make, are wrong."""
+    right = all(a >= b for a, b in zip(sizes, [*sizes[1:], 1], strict=True))
+    if not sizes or not right or sum(sizes) != rows:
+        raise RuntimeError(
+            "input.batch_sizes: expected positive numbers that do not grow and add up to the rows "
+            f"of input.data, {rows}, got {sizes}"
+        )
+
+
+def _checked(
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    directions: int,
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor], list[int]]:
+    """Return the inputs as the kernels read them; raise where they would read out of bounds."""
+    sizes: list[int] = []
+    if batch_sizes is not None:
+        sizes = batch_sizes.tolist()
+        check_batch_sizes(sizes, x.shape[0])
+    elif x.dim() == 3 and x.shape[0] == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")  # as nn.LSTM
+    count = len(weights) // directions if directions in (1, 2) else 0
+    right = x.dim() == (2 if sizes else 3) and 2 <= count <= 5
+    right = right and weights[0].dim() == weights[1].dim() == 2
+    if right:
+        hx = None if h0 is None and c0 is None and not sizes else (h0, c0)
+        H, P = weights[0].shape[0] // 4, weights[1].shape[1] if count % 2 else 0
+        N = sizes[0] if sizes else None
+        right = fits(x, hx, list(weights), x.shape[-1], H, P, 1, directions, False, 3, N)
+    if not right:
+        given = {"x": x, "h0": h0, "c0": c0, **{f"weights[{k}]": w for k, w in enumerate(weights)}}
+        got = (
+            f"{name} " + ("None" if t is None else f"{tuple(t.shape)} {t.dtype} {t.device}")
+            for name, t in given.items()
+        )
+        raise RuntimeError(
+            "fastlstm::layer: expected CPU tensors of one dtype, torch.float32 or torch.float64: "
+            "x (T, N, D), h0 (directions, N, P), c0 (directions, N, H) and for each direction "
+            f"weights (4H, D), (4H, P), ...; got directions {directions}, {', '.join(got)}"
+        )
+    return _torch.rows(x.as_subclass(Tensor)), *_plain(h0, c0), _plain(*weights), sizes
+
+
 @torch.library.custom_op("fastlstm::layer", mutates_args=())
 def layer(
     x: Tensor,
@@ -41,13 +152,15 @@ def layer(
     weights: Sequence[Tensor],
     directions: int,
     keep: bool,
+    batch_sizes: Tensor | None,
 ) -> list[Tensor]:
-    """Run `_torch.run_forward`: y, h_n, c_n and, with `keep`, what backward needs."""
+    """Run `_torch.run_forward`: y, h_n, c_n and, with `keep`, what backward needs.
+
+    With `batch_sizes` (T,), x (rows, D) is ragged, and h0 and c0 must be given.
+    """
     _refuse_forward_ad()
-    x = _torch.rows(x.as_subclass(Tensor))
-    h0, c0 = _plain(h0, c0)
-    packed = _plain(*weights)
-    y, h_n, c_n, kept = _torch.run_forward(x, h0, c0, packed, directions, [], keep)
+    x, h0, c0, packed, sizes = _checked(x, h0, c0, weights, directions, batch_sizes)
+    y, h_n, c_n, kept = _torch.run_forward(x, h0, c0, packed, directions, sizes, keep)
     return [y, h_n, c_n, *(tensor for tensor in kept if tensor is not None)]
 
 
@@ -59,9 +172,11 @@ def _(
     weights: Sequence[Tensor],
     directions: int,
     keep: bool,
+    batch_sizes: Tensor | None,
 ) -> list[Tensor]:
     _refuse_forward_ad()
-    y, h_n, c_n, kept = _torch.new_results(x, list(weights), directions, [], keep)
+    N = [] if batch_sizes is None or h0 is None else [h0.shape[1]]
+    y, h_n, c_n, kept = _torch.new_results(x, list(weights), directions, N, keep)
     return [y, h_n, c_n, *(tensor for tensor in kept if tensor is not None)]
 
 
@@ -78,15 +193,29 @@ def layer_backward(
     kept: Sequence[Tensor],
     directions: int,
     needed: Sequence[bool],
+    batch_sizes: Tensor | None,
 ) -> list[Tensor]:
     """Return the gradients of x, h0, c0 and the weights that are `needed`."""
-    x, y = (_torch.rows(tensor.as_subclass(Tensor)) for tensor in (x, y))
-    gates, cells, *raw = _plain(*kept)
+    x, h0, c0, packed, sizes = _checked(x, h0, c0, weights, directions, batch_sizes)
+    meta = torch.empty_like(x, device="meta")
+    *results, saved = _torch.new_results(meta, packed, directions, sizes, keep=True)
+    expected = [*results, results[0], *(tensor for tensor in saved if tensor is not None)]
+    given = [grad_y, grad_h, grad_c, y, *kept]
+    if len(given) != len(expected) or any(
+        tensor is not None and (tensor.shape, tensor.dtype) != (like.shape, like.dtype)
+        for tensor, like in zip(given, expected, strict=True)
+    ):
+        raise RuntimeError(
+            "fastlstm::layer_backward: expected grad_y, grad_h, grad_c, y and what was kept "
+            f"of shapes {[tuple(t.shape) for t in expected]} and {x.dtype}, "
+            f"got {[t if t is None else (tuple(t.shape), t.dtype) for t in given]}"
+        )
+    y, gates, cells, raw = (*_plain(y, *kept), None)[:4]
     found = _torch.run_backward(
-        (directions, []),
-        [x, *_plain(h0, c0, *weights)],
+        (directions, sizes),
+        [x, h0, c0, *packed],
         y,
-        (gates, cells, raw[0] if raw else None),
+        (gates, cells, raw),
         (grad_y, grad_h, grad_c),
         tuple(needed),
     )
@@ -106,6 +235,7 @@ def _(
     kept: Sequence[Tensor],
     directions: int,
     needed: Sequence[bool],
+    batch_sizes: Tensor | None,
 ) -> list[Tensor]:
     inputs = [x, h0, c0, *weights]
     return [
@@ -116,35 +246,38 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, h0, c0, weights, directions, _ = inputs
+    x, h0, c0, weights, directions, _, batch_sizes = inputs
     y, _, _, *kept = output
     ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
     ctx.layer = directions, len(kept)
-    ctx.save_for_backward(y, *kept, x, h0, c0, *weights)
+    ctx.save_for_backward(y, *kept, batch_sizes, x, h0, c0, *weights)
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     directions, count = ctx.layer
     y, *rest = ctx.saved_tensors
-    kept, (x, h0, c0, *weights) = rest[:count], rest[count:]
+    kept, (batch_sizes, x, h0, c0, *weights) = rest[:count], rest[count:]
     needs_x, needs_h0, needs_c0, needs_weights, *_ = ctx.needs_input_grad
     if isinstance(needs_weights, bool):
         needs_weights = [needs_weights] * len(weights)
     needed = [needs_x, needs_h0, needs_c0, *needs_weights]
     if _torch.observed() or _torch.batched(grads):
+        sizes = () if batch_sizes is None else batch_sizes.tolist()
         inputs = [x, h0, c0, *weights]
-        dx, dh0, dc0, *dweights = _composite.backward((directions, ()), inputs, grads[:3], needed)
-        return dx, dh0, dc0, dweights, None, None
+        dx, dh0, dc0, *dweights = _composite.backward(
+            (directions, sizes), inputs, grads[:3], needed
+        )
+        return dx, dh0, dc0, dweights, None, None, None
     if not kept:
-        y, _, _, *kept = torch.ops.fastlstm.layer(x, h0, c0, weights, directions, True)
+        y, _, _, *kept = torch.ops.fastlstm.layer(x, h0, c0, weights, directions, True, batch_sizes)
     found = iter(
         torch.ops.fastlstm.layer_backward(
-            *grads[:3], x, h0, c0, weights, y, kept, directions, needed
+            *grads[:3], x, h0, c0, weights, y, kept, directions, needed, batch_sizes
         )
     )
     dx, dh0, dc0, *dweights = (next(found) if need else None for need in needed)
-    return dx, dh0, dc0, dweights, None, None
+    return dx, dh0, dc0, dweights, None, None, None
 
 
 layer.register_autograd(_backward, setup_context=_setup_context)
@@ -156,17 +289,26 @@ def layer_of_graph(
     h0: Tensor | None,
     c0: Tensor | None,
     weights: list[Tensor],
+    batch_sizes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a layer as an operator: y, h_n, c_n."""
     keep = _torch.wants_grad(x, h0, c0, weights)
-    y, h_n, c_n, *_ = torch.ops.fastlstm.layer(x, h0, c0, weights, directions, keep)
+    if _is_exporting():
+        from . import _onnx
+
+        if _onnx.exporting():
+            return _onnx.layer(directions, x, h0, c0, weights, batch_sizes)
+        # What is exported is mostly for inference, and backward can do without. Dynamo once said
+        # of every graph that it is exported.
+        keep = keep and torch.compiler.is_dynamo_compiling()
+    y, h_n, c_n, *_ = torch.ops.fastlstm.layer(x, h0, c0, weights, directions, keep, batch_sizes)
     return y, h_n, c_n
 
 
 @register_flop_formula(torch.ops.fastlstm.layer)
 def _(x: _Shape, h0: Any, c0: Any, weights: list[_Shape], *args: Any, **kwargs: Any) -> int:
     """Count the products with each matrix."""
-    return 2 * x[0] * x[1] * sum(math.prod(shape) for shape in weights if len(shape) == 2)
+    return 2 * math.prod(x[:-1]) * sum(math.prod(shape) for shape in weights if len(shape) == 2)
 
 
 @register_flop_formula(torch.ops.fastlstm.layer_backward)
@@ -182,6 +324,7 @@ def _(
     kept: Any,
     directions: int,
     needed: Sequence[bool],
+    *args: Any,
     **kwargs: Any,
 ) -> int:
     """Count the products that go back through each matrix, and those that are its gradient."""
@@ -191,4 +334,4 @@ def _(
         back = needed[0] if k % count == 0 else True
         if len(shape) == 2:
             products += (back + needed[3 + k]) * math.prod(shape)
-    return 2 * x[0] * x[1] * products
+    return 2 * math.prod(x[:-1]) * products

@@ -69,7 +69,7 @@ class Layer(torch.autograd.Function):
         c0: Tensor | None,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        return tuple(torch.ops.fastlstm.layer(x, h0, c0, list(weights), directions, keep))
+        return tuple(torch.ops.fastlstm.layer(x, h0, c0, list(weights), directions, keep, None))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -122,7 +122,9 @@ class Gradients(torch.autograd.Function):
         grads, inputs = (grad_y, grad_h, grad_c), (x, h0, c0, list(weights))
         kept = [gates, cells] if raw is None else [gates, cells, raw]
         return tuple(
-            torch.ops.fastlstm.layer_backward(*grads, *inputs, y, kept, directions, list(needed))
+            torch.ops.fastlstm.layer_backward(
+                *grads, *inputs, y, kept, directions, list(needed), None
+            )
         )
 
     @staticmethod
@@ -208,10 +210,12 @@ if hasattr(_ops.layer, "register_vmap"):  # since torch 2.5; only graphs come he
 
     @_ops.layer.register_vmap
     def _(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        x, h0, c0, weights, directions, keep = args
+        x, h0, c0, weights, directions, keep, batch_sizes = args
+        if batch_sizes is not None:
+            raise NotImplementedError("fastlstm::layer: expected no vmap over a ragged batch")
 
         def node(x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor) -> Any:
-            return torch.ops.fastlstm.layer(x, h0, c0, list(weights), directions, keep)
+            return torch.ops.fastlstm.layer(x, h0, c0, list(weights), directions, keep, None)
 
         shared = all(dim is None for dim in in_dims[3])
         dims = (*in_dims[:3], *in_dims[3])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _core, _transforms
+from . import _core, _dynamo, _ops, _transforms
 from ._torch import Step, run_layer, run_step, wants_grad
 
 __all__ = ["LSTM", "LSTMCell", "convert", "revert"]
@@ -23,10 +23,9 @@ _Module = TypeVar("_Module", bound=torch.nn.Module)
 
 
 def _observed() -> bool:
-    """Return whether a tracer, a compiler or a transform must see operators of torch."""
+    """Return whether a tracer or a transform must see operators of torch."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
+        torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd.forward_ad._current_level >= 0
@@ -50,12 +49,16 @@ def _half_dtype(x: Any, hx: Any, weights: list[Any]) -> torch.dtype | None:
     return x.dtype if found == {x.dtype} and x.dtype in _HALF else None
 
 
-def _check_state_dtype(hx: Any, dtype: torch.dtype) -> None:
-    """Raise where torch would complain of a oneDNN primitive."""
-    if isinstance(hx, (tuple, list)):
-        for k, state in enumerate(hx):
-            if isinstance(state, Tensor) and state.dtype is not dtype:
-                raise RuntimeError(f"hx[{k}]: expected dtype {dtype}, got {state.dtype}")
+# What torch says of a state of another dtype, where the operator it came to minds.
+_WORDS_FOR_DTYPE = ("mkldnn", "primitive", "same dtype")
+
+
+def _wrong_dtype(hx: Any, expected: torch.dtype) -> RuntimeError | None:
+    """Return an error that names the first state of another dtype."""
+    for k, state in enumerate(hx if isinstance(hx, (tuple, list)) else ()):
+        if isinstance(state, Tensor) and state.dtype != expected:
+            return RuntimeError(f"hx[{k}]: expected dtype {expected}, got {state.dtype}")
+    return None
 
 
 def _packed(
@@ -76,13 +79,17 @@ def _packed(
 def _batch_sizes(packed: PackedSequence) -> list[int]:
     """Return the batch sizes of a PackedSequence, which anyone can make by hand, checked."""
     sizes: list[int] = packed.batch_sizes.tolist()
-    right = all(a >= b for a, b in zip(sizes, [*sizes[1:], 1], strict=True))
-    if not sizes or not right or sum(sizes) != packed.data.shape[0]:
-        raise RuntimeError(
-            "input.batch_sizes: expected positive numbers that do not grow and add up to the rows "
-            f"of input.data, {packed.data.shape[0]}, got {sizes}"
-        )
+    _ops.check_batch_sizes(sizes, packed.data.shape[0])
     return sizes
+
+
+def _traced_batch(packed: PackedSequence, hx: Any) -> Any:
+    """Return N of a PackedSequence from shapes; else from its numbers, where Dynamo stops."""
+    if packed.sorted_indices is not None:
+        return packed.sorted_indices.shape[0]
+    if isinstance(hx, (tuple, list)) and hx and isinstance(hx[0], Tensor) and hx[0].dim() == 3:
+        return hx[0].shape[1]
+    return packed.batch_sizes[0].item()
 
 
 class LSTM(torch.nn.LSTM):
@@ -90,25 +97,25 @@ class LSTM(torch.nn.LSTM):
 
     float32 and float64 CPU tensors run on the kernels, forward and backward, packed sequences and
     `proj_size` included; so do bfloat16, float16 and autocast, with arithmetic in float32.
-    `torch.compile`, `torch.export` and dispatch modes see one operator for each layer. `torch.func`
-    and autograd of any order work, on the kernels for `grad`, `vjp`, `jacrev` and `vmap`; forward
-    mode and derivatives of derivatives are composed of operators of torch. Other devices and jit
-    tracing run as in `torch.nn.LSTM`.
+    `torch.compile`, `torch.export` and dispatch modes see one operator for each layer,
+    `torch.onnx.export` the LSTM operator of ONNX. `torch.func` and autograd of any order work, on
+    the kernels for `grad`, `vjp`, `jacrev` and `vmap`; forward mode and derivatives of derivatives
+    are composed of operators of torch. Other devices and jit tracing run as in `torch.nn.LSTM`.
     """
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Run over `input`: shapes, results and errors of `torch.nn.LSTM`."""
         # Read anew at every call, wherever weight_norm, parametrize or functional_call put them.
         own = self._parameters
-        weights: list[Any] = [
-            own[n] if n in own else getattr(self, n, None) for n in self._flat_weights_names
-        ]
+        try:
+            weights: list[Any] = [own[n] for n in self._flat_weights_names]
+        except KeyError:
+            weights = self._computed_weights()
+        if torch.compiler.is_compiling():
+            return self._traced(input, hx, weights)
         observed = _observed()
-        if observed:
-            if torch.compiler.is_compiling() and self._compiles(input, hx, weights):
-                return self._run(input, hx, weights, _transforms.run_layer)
-            if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-                return super().forward(input, hx)
+        if observed and torch._C._get_tracing_state() is not None:
+            return super().forward(input, hx)
         run: Any = run_layer
         ragged = isinstance(input, PackedSequence)
         x: Any = input.data if ragged else input
@@ -123,7 +130,7 @@ class LSTM(torch.nn.LSTM):
             packed = _packed(x, hx, weights, half)
             if observed or not _core.fits(*packed, *sizes):
                 if not self._serves(*packed, input.batch_sizes if ragged else None):
-                    return super().forward(input, hx)
+                    return self._as_torch(input, hx, weights)
                 run = _transforms.run_layer
             x, hx, weights = packed
 
@@ -139,6 +146,15 @@ class LSTM(torch.nn.LSTM):
             )
             h, c = self.permute_hidden((h, c), input.unsorted_indices)
         return (y, (h, c)) if half is None else (y.to(half), (h.to(half), c.to(half)))
+
+    def _computed_weights(self) -> list[Any]:
+        """Return the weights where some are no parameters."""
+        names = self._flat_weights_names
+        if torch.compiler.is_compiling():
+            return [getattr(self, n, None) for n in names]
+        # As often as nn.LSTM reads them: each reading may draw numbers or step a power iteration.
+        self._weights_have_changed()  # type: ignore[no-untyped-call]
+        return [getattr(self, n) if hasattr(self, n) else None for n in names]
 
     def _run(self, x: Any, hx: Any, weights: list[Any], layer: Any) -> Any:
         """Run a dense batch, or no batch, in the layout that the caller has."""
@@ -178,11 +194,33 @@ class LSTM(torch.nn.LSTM):
         h, c = (torch.cat(parts) for parts in zip(*states, strict=True))
         return x, h, c
 
-    def _compiles(self, input: Any, hx: Any, weights: list[Any]) -> bool:
-        """Return whether a compiler gets our operator for this call; nn.LSTM's checks raise."""
-        if isinstance(input, PackedSequence) or torch.is_autocast_enabled("cpu"):
-            return False
-        return self._serves(input, hx, weights, None)
+    def _traced(self, input: Any, hx: Any, weights: list[Any]) -> Any:
+        """Run as operators, one for each layer."""
+        ragged = isinstance(input, PackedSequence)
+        x: Any = input.data if ragged else input
+        N = _traced_batch(input, hx) if ragged else None
+        layout = (self.num_layers, 2 if self.bidirectional else 1, self.batch_first, 3, N)
+        sizes = (self.input_size, self.hidden_size, self.proj_size, *layout)
+        half = _half_dtype(x, hx, weights)
+        given = x, hx, weights
+        x, state, packed = given if half is None else _packed(*given, half)
+        autocast = torch.is_autocast_enabled("cpu")
+        if (half is None and autocast) or not _ops.fits(x, state, packed, *sizes):
+            return self._as_torch(input, hx, weights)
+
+        if not ragged:
+            y, (h, c) = self._run(x, state, packed, _transforms.run_layer)
+            return (y, (h, c)) if half is None else (y.to(half), (h.to(half), c.to(half)))
+        if state is None:  # the operator reads N off the state
+            H, P = self.hidden_size, self.proj_size or self.hidden_size
+            state = [x.new_zeros(layout[0] * layout[1], N, size) for size in (P, H)]
+        else:
+            state = self.permute_hidden(state, input.sorted_indices)
+        layer = partial(_ops.layer_of_graph, batch_sizes=input.batch_sizes)
+        results = self._layers(x, state, packed, layer)
+        y, h, c = results if half is None else [result.to(half) for result in results]
+        y = PackedSequence(y, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
+        return y, self.permute_hidden((h, c), input.unsorted_indices)
 
     def _serves(self, x: Any, hx: Any, weights: list[Any], batch_sizes: Tensor | None) -> bool:
         """Return whether all are CPU tensors of one dtype, float32 or float64, and nothing missing.
@@ -201,7 +239,6 @@ class LSTM(torch.nn.LSTM):
             self.check_input(x, batch_sizes)  # nn.LSTM does so where nothing is packed
         if x.dtype != weights[0].dtype:
             return False
-        _check_state_dtype(hx, x.dtype)
         if batch_sizes is None:
             if x.dim() not in (2, 3) or any(state.dim() != x.dim() for state in states):
                 return False
@@ -226,21 +263,31 @@ class LSTM(torch.nn.LSTM):
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         return True
 
+    def _as_torch(self, input: Any, hx: Any, weights: list[Any]) -> Any:
+        """Run as nn.LSTM does, but raise where it would read out of bounds or report obscurely."""
+        if all(w is not None for w in weights):
+            self._check_weight_shapes(weights)
+            if isinstance(input, PackedSequence):
+                if hx is None:
+                    self.check_input(input.data, input.batch_sizes)
+                else:
+                    self.check_forward_args(input.data, (hx[0], hx[1]), input.batch_sizes)
+        if torch.compiler.is_compiling() and _wrong_dtype(hx, weights[0].dtype):
+            torch._dynamo.skip_frame()  # its graph would raise outside of `try`
+        try:
+            return super().forward(input, hx)
+        except RuntimeError as error:
+            if any(words in str(error) for words in _WORDS_FOR_DTYPE):
+                raise _wrong_dtype(hx, weights[0].dtype) or error from error
+            raise
+
     def _check_weight_shapes(self, weights: list[Any]) -> None:
-        H, P = self.hidden_size, self.proj_size or self.hidden_size
         directions = 2 if self.bidirectional else 1
-        per_direction = len(self._all_weights[0])
-        gates = 4 * H
-        rest = ([(gates,), (gates,)] if self.bias else []) + ([(P, H)] if self.proj_size else [])
-        for k, (name, weight) in enumerate(zip(self._flat_weights_names, weights, strict=True)):
-            kind = k % per_direction
-            if kind == 0:
-                inputs = self.input_size if k < directions * per_direction else directions * P
-                expected: tuple[int, ...] = (gates, inputs)
-            else:
-                expected = (gates, P) if kind == 1 else rest[kind - 2]
-            if weight.shape != expected:
-                raise RuntimeError(f"{name}: expected shape {expected}, got {tuple(weight.shape)}")
+        sizes = (self.input_size, self.hidden_size, self.proj_size, self.num_layers, directions)
+        shapes = _ops.weight_shapes(*sizes, self.bias)
+        for name, weight, shape in zip(self._flat_weights_names, weights, shapes, strict=True):
+            if weight.shape != shape:
+                raise RuntimeError(f"{name}: expected shape {shape}, got {tuple(weight.shape)}")
 
 
 class LSTMCell(torch.nn.LSTMCell):
@@ -253,16 +300,16 @@ class LSTMCell(torch.nn.LSTMCell):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Run one step on `input`: shapes, results and errors of `torch.nn.LSTMCell`."""
-        observed = _observed()
-        if observed and (
-            torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-        ):
-            return super().forward(input, hx)
         own = self._parameters
         weights: list[Any] = [
             own[n] if n in own else getattr(self, n, None)
             for n in (self._names if self.bias else self._names[:2])
         ]
+        if torch.compiler.is_compiling():
+            return self._traced(input, hx, weights)
+        observed = _observed()
+        if observed and torch._C._get_tracing_state() is not None:
+            return super().forward(input, hx)
         sizes = (self.input_size, self.hidden_size, 0, 1, 1, False, 2, 0)
         half = None
         readable = True
@@ -287,6 +334,24 @@ class LSTMCell(torch.nn.LSTMCell):
             h, c, *_ = run_step(input, h0, c0, weights, keep=False)
         if not batched:
             h, c = h.squeeze(0), c.squeeze(0)
+        return (h, c) if half is None else (h.to(half), c.to(half))
+
+    def _traced(self, input: Any, hx: Any, weights: list[Any]) -> Any:
+        """Run as the operator of a layer at T = 1."""
+        half = _half_dtype(input, hx, weights)
+        given = input, hx, weights
+        x, state, weights = given if half is None else _packed(*given, half)
+        sizes = (self.input_size, self.hidden_size, 0, 1, 1, False, 2, None)
+        autocast = half is None and torch.is_autocast_enabled("cpu")
+        if autocast or not _ops.fits(x, state, weights, *sizes):
+            return super().forward(input, hx)
+        step = (0,) if x.dim() == 2 else (0, 0)
+        for _ in step:  # of time, and of a batch where there is none
+            x = x.unsqueeze(0)
+            state = None if state is None else [part.unsqueeze(0) for part in state]
+        h0, c0 = state or (None, None)
+        _, h, c = _transforms.run_layer(1, x, h0, c0, weights)
+        h, c = h[step], c[step]
         return (h, c) if half is None else (h.to(half), c.to(half))
 
     def _serves(self, x: Any, hx: Any, weights: list[Any]) -> bool:
@@ -324,29 +389,42 @@ class LSTMCell(torch.nn.LSTMCell):
         )
 
 
+_dynamo.trace(LSTM)
+
 _OURS = {torch.nn.LSTM: LSTM, torch.nn.LSTMCell: LSTMCell}
+_Classes = dict[type[torch.nn.Module], type[torch.nn.Module]]
+
+# Where torch makes a class for a single module, of what the module was and what it can do now.
+_MADE_BY_TORCH = ("torch.nn.utils.parametrize", "torch.distributed.")
 
 
-def _exchange_classes(
-    model: _Module, classes: dict[type[torch.nn.Module], type[torch.nn.Module]]
-) -> list[str]:
-    """Give the modules inside their other class; return the names of subclasses that stay."""
+def _exchanged(old: type, classes: _Classes) -> type | None:
+    """Return the class that takes the place of another, or None where it stays."""
+    if old in classes or not old.__module__.startswith(_MADE_BY_TORCH):
+        return classes.get(old)
+    bases = tuple(_exchanged(base, classes) or base for base in old.__bases__)
+    return None if bases == old.__bases__ else type(old.__name__, bases, dict(vars(old)))
+
+
+def _exchange_classes(model: _Module, classes: _Classes) -> _Module:
+    """Give the modules inside their other class, and warn of those that must stay."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    to_ours = LSTM in classes.values()
     left = []
     for name, module in model.named_modules():
-        old = type(module)
-        # parametrize has made a class of its own for the module, whose one base is what it was.
-        parametrized = torch.nn.utils.parametrize.is_parametrized(module)
-        original = old.__base__ if parametrized else old
-        if original in classes:
-            new = classes[original]
-            if parametrized:
-                new = type(f"Parametrized{new.__name__}", (new,), dict(vars(old)))
+        new = None if "forward" in vars(module) else _exchanged(type(module), classes)
+        if new is not None:
             module.__class__ = new
-        elif isinstance(module, tuple(classes)) and original not in classes.values():
-            left.append(f"{name or 'model'} ({old.__name__})")
-    return left
+        elif isinstance(module, tuple(classes)) and to_ours != isinstance(module, (LSTM, LSTMCell)):
+            left.append(f"{name or 'model'} ({type(module).__name__})")
+    if left:
+        warnings.warn(
+            f"{'convert' if to_ours else 'revert'}: left as they are, since they may have "
+            f"a forward of their own: {', '.join(left)}",
+            stacklevel=3,
+        )
+    return model
 
 
 def convert(model: _Module) -> _Module:
@@ -356,8 +434,10 @@ def convert(model: _Module) -> _Module:
     ----------
     model : torch.nn.Module
         Changed in place: each such module becomes an instance of the class here and keeps its
-        parameters, parametrizations, buffers, hooks, mode and device. Subclasses of torch's are
-        left alone, since they may have a forward of their own; a warning names them.
+        parameters, parametrizations, buffers, hooks, mode and device. What may have a forward of
+        its own is left alone, and a warning names it: subclasses of torch's, and modules whose
+        `forward` was replaced. `DistributedDataParallel` and `fully_shard` may come before or
+        after.
 
     Returns
     -------
@@ -369,10 +449,7 @@ def convert(model: _Module) -> _Module:
     TypeError
         If `model` is not a Module.
     """
-    left = _exchange_classes(model, dict(_OURS))
-    if left:
-        warnings.warn(f"convert: left subclasses as they are: {', '.join(left)}", stacklevel=2)
-    return model
+    return _exchange_classes(model, dict(_OURS))
 
 
 def revert(model: _Module) -> _Module:
@@ -381,7 +458,8 @@ def revert(model: _Module) -> _Module:
     Parameters
     ----------
     model : torch.nn.Module
-        Changed in place; everything that `convert` keeps is kept. Subclasses are left alone.
+        Changed in place; what `convert` keeps is kept, and what it would leave alone is left
+        alone, with the same warning.
 
     Returns
     -------
@@ -393,5 +471,4 @@ def revert(model: _Module) -> _Module:
     TypeError
         If `model` is not a Module.
     """
-    _exchange_classes(model, {ours: torchs for torchs, ours in _OURS.items()})
-    return model
+    return _exchange_classes(model, {ours: torchs for torchs, ours in _OURS.items()})
