@@ -227,6 +227,34 @@ def test_transforms_of_the_weights(name, config):
     case.both(run)
 
 
+@pytest.mark.parametrize("where", ["around the call", "around the gradient", "vjp"])
+@every_case
+def test_no_grad_holds_for_every_level(where, config):
+    """The weights want gradients of plain autograd, below all levels of torch.func."""
+    case = Case(**config)
+
+    def run(module):
+        def f(x):
+            with torch.no_grad() if where == "around the call" else nullcontext():
+                y = case(module, x)[0]
+            return (y * x.sum()).sum()
+
+        def g(x):
+            if where == "vjp":
+                backward = func.vjp(f, x)[1]
+                with torch.no_grad():
+                    return (backward(torch.ones((), dtype=F64))[0] * x).sum()
+            return func.grad(f)(x).square().sum()
+
+        with torch.no_grad() if where == "around the gradient" else nullcontext():
+            results = [f(case.x), func.grad(f)(case.x), g(case.x), func.grad(g)(case.x)]
+        return [results, [t.requires_grad for t in results]]
+
+    actual, expected = run(case.ours), run(case.theirs)
+    assert_close(actual[0], expected[0])
+    assert actual[1] == expected[1]
+
+
 @pytest.mark.parametrize("name", ["grad", "vjp", "jacrev", "jvp", "hessian"])
 def test_transforms_in_float32(name):
     case = Case(num_layers=2)
@@ -260,21 +288,27 @@ def test_functions_of_autograd(config):
     assert_close(forward, func.jacrev(lambda x: case(case.theirs, x)[0])(case.x))
 
 
-@pytest.mark.parametrize("table", [True, False], ids=["exchange table", "attributes"])
+@pytest.mark.parametrize("how", ["exchange table", "attributes", "mode"])
 @some_cases
-def test_batched_gradients(config, table, monkeypatch):
+def test_batched_gradients(config, how):
     case = Case(**config)
     exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    if not table:
+    if how == "attributes":
         _core.use_torch(torch.Tensor, nn.Parameter, None)
     try:
 
         def run(module):
             x = case.x.clone().requires_grad_()
-            y = case(module, x)[0]
+            with Watched() if how == "mode" else nullcontext():
+                y = case(module, x)[0]
             seeds = random(3, *y.shape)
             leaves = [x, *module.parameters()]
-            return torch.autograd.grad(y, leaves, seeds, is_grads_batched=True)
+            batched = torch.autograd.grad(
+                y, leaves, seeds, is_grads_batched=True, retain_graph=True
+            )
+            again = func.vmap(lambda seed: torch.autograd.grad(y, leaves, seed, retain_graph=True))
+            assert_close(again(seeds), batched)
+            return batched
 
         case.both(run)
     finally:
@@ -323,23 +357,35 @@ def test_packed_sequences_under_transforms(name):
     xs = [random(length, D) for length in lengths]
     layout = rnn.pack_sequence(xs, enforce_sorted=False)
 
+    states = random(4, 3, P), random(4, 3, H)
+
+    def weighted(y, h, c):
+        """A loss in which every number counts for something else."""
+        results = [torch.cat(parts, -1).flatten() for parts in (y, h, c)]
+        return sum(
+            (t * torch.linspace(1, 2, len(t), dtype=F64).sin()).square().sum() for t in results
+        )
+
+    order = layout.sorted_indices.tolist()
+    steps = enumerate(layout.batch_sizes.tolist())
+    places = [(k, t) for t, size in steps for k in order[:size]]  # of the rows
+
     def packed(weights, xs):
         if name == "packed within":
             x = rnn.pack_sequence(xs, enforce_sorted=False)
         else:  # torch.func has no derivative of packing
-            order = layout.sorted_indices.tolist()
-            steps = enumerate(layout.batch_sizes.tolist())
-            rows = [xs[k][t] for t, size in steps for k in order[:size]]
-            x = layout._replace(data=torch.stack(rows))
-        y, (h, c) = func.functional_call(case.ours, weights, (x,))
-        return y.data.square().sum() + h.sum() + c.square().sum()
+            x = layout._replace(data=torch.stack([xs[k][t] for k, t in places]))
+        y, (h, c) = func.functional_call(case.ours, weights, (x, states))
+        rows = [[row for row, (k, _) in enumerate(places) if k == one] for one in range(3)]
+        return weighted([y.data[own].T for own in rows], h.unbind(1), c.unbind(1))
 
     def one_by_one(weights, xs):
-        losses = []
-        for x in xs:
-            y, (h, c) = func.functional_call(case.theirs, weights, (x,))
-            losses.append(y.square().sum() + h.sum() + c.square().sum())
-        return sum(losses)
+        results = []
+        for k, x in enumerate(xs):
+            state = tuple(t[:, k] for t in states)
+            y, (h, c) = func.functional_call(case.theirs, weights, (x, state))
+            results.append((y.T, h, c))
+        return weighted(*zip(*results, strict=True))
 
     def run(loss):
         primals = parameters(case.ours), xs
@@ -708,6 +754,35 @@ def test_errors_of_a_second_backward(what, cell):
     assert word in run(case.theirs)
 
 
+@pytest.mark.parametrize("way", ["grad", "jvp", "vmap of grad", "mode"])
+def test_states_changed_in_place_between_steps(way):
+    """As an agent does where an episode ends; what the caller gets is what no backward needs."""
+    case = Case(cell=True)
+    xs = random(T, N, D)
+
+    def loss(module, xs):
+        states, total = None, 0
+        for x in xs:
+            states = module(x, states)
+            states[0][0] = 0
+            states[1][1].mul_(0.5)
+            total = total + states[0].square().sum()
+        return total
+
+    ours, theirs = (partial(loss, module) for module in (case.ours, case.theirs))
+    if way == "jvp":
+        assert_close(func.jvp(ours, (xs,), (xs,)), func.jvp(theirs, (xs,), (xs,)))
+        return
+    expected = func.grad(theirs)(xs)
+    if way == "mode":
+        leaf = xs.clone().requires_grad_()
+        assert_close(torch.autograd.grad(watched(ours, leaf), leaf), [expected])
+    elif way == "grad":
+        assert_close(func.grad(ours)(xs), expected)
+    else:
+        assert_close(func.vmap(func.grad(ours))(xs[None])[0], expected)
+
+
 def test_batches_and_subclasses_that_no_kernel_reads():
     class Marked(torch.Tensor):
         pass
@@ -725,16 +800,25 @@ def test_batches_and_subclasses_that_no_kernel_reads():
 # --- modes and graphs ----------------------------------------------------------------------------
 
 
+FIRST = ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse")  # what meets x
+
+
 @some_cases
 def test_flops_are_counted(config):
-    """One product for each matrix and row forward, two backward."""
+    """One product for each matrix and row forward, two backward, less what is not needed."""
     case = Case(**config)
     module = case.ours
-    with FlopCounterMode(display=False) as counter:
-        case.loss(module, case.x.requires_grad_()).backward()
-    rows = case.x.numel() // D
-    products = 2 * rows * sum(p.numel() for p in module.parameters() if p.dim() == 2)
-    assert counter.get_total_flops() == 3 * products
+    sizes = {name: p.numel() for name, p in module.named_parameters() if p.dim() == 2}
+    first = sum(size for name, size in sizes.items() if name in FIRST)
+    for needs_x, frozen, expected in (
+        (True, False, 3 * sum(sizes.values())),
+        (False, False, 3 * sum(sizes.values()) - first),
+        (True, True, 2 * sum(sizes.values())),
+    ):
+        module.requires_grad_(not frozen)
+        with FlopCounterMode(display=False) as counter:
+            case.loss(module, case.x.clone().requires_grad_(needs_x)).backward()
+        assert counter.get_total_flops() == 2 * (case.x.numel() // D) * expected
 
 
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])

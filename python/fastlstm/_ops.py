@@ -1,7 +1,7 @@
-"""One LSTM layer as operators of torch: what compilers and exporters see as one node each.
+"""One LSTM layer as operators of torch: what compilers, exporters and modes see as one node each.
 
-Eager calls do not come here, since dispatching an operator written in Python takes longer than a
-small step does.
+Eager calls come here only with tensors that the kernels cannot read as they are, since dispatching
+an operator written in Python takes longer than a small step does.
 """
 
 from __future__ import annotations
@@ -267,7 +267,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     if isinstance(needs_weights, bool):
         needs_weights = [needs_weights] * len(weights)
     needed = [needs_x, needs_h0, needs_c0, *needs_weights]
-    if _torch.observed():
+    if _torch.observed() or _torch.batched(grads):
         sizes = () if batch_sizes is None else batch_sizes.tolist()
         inputs = [x, h0, c0, *weights]
         dx, dh0, dc0, *dweights = _composite.backward(

@@ -95,11 +95,15 @@ def on_kernels(run: Callable[[], Grads], grads: tuple[Tensor | None, ...]) -> Gr
     try:
         return run()
     except (TypeError, RuntimeError):
-        # is_grads_batched=True gives tensors without memory.
-        batched = torch._C._functorch.is_legacy_batchedtensor
-        if any(batched(grad) for grad in grads if grad is not None):
+        if batched(grads):
             return None
         raise
+
+
+def batched(grads: Sequence[Tensor | None]) -> bool:
+    """Return whether these are of torch.autograd.grad(is_grads_batched=True): without memory."""
+    legacy = torch._C._functorch.is_legacy_batchedtensor
+    return any(legacy(grad) for grad in grads if grad is not None)
 
 
 class Layer(torch.autograd.Function):

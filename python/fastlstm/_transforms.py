@@ -31,8 +31,7 @@ def run_layer(
         return _ops.layer_of_graph(directions, x, h0, c0, weights)
     if torch.compiler.is_compiling() or _functionalizes():
         return _composite.forward(directions, x, h0, c0, weights)
-    keep = torch.is_grad_enabled()
-    y, h_n, c_n, *_ = Layer.apply(directions, keep, x, h0, c0, *weights)  # type: ignore[no-untyped-call]
+    y, h_n, c_n, *_ = _apply(Layer, directions, torch.is_grad_enabled(), x, h0, c0, *weights)
     return y, h_n, c_n
 
 
@@ -43,6 +42,13 @@ def run_step(
     h0, c0 = (None if state is None else state.unsqueeze(0) for state in (h0, c0))
     _, h, c = run_layer(1, x.unsqueeze(0), h0, c0, weights)
     return h.squeeze(0), c.squeeze(0)
+
+
+def _apply(node: Any, *args: Any) -> Any:
+    """Apply a node: torch.func turns gradients on again for the levels under its own."""
+    if not torch.is_grad_enabled():
+        args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
+    return node.apply(*args)
 
 
 def _functionalizes() -> bool:
@@ -82,14 +88,10 @@ class Layer(torch.autograd.Function):
         needed = ctx.needs_input_grad[2:]
         if torch.autograd.forward_ad._current_level >= 0 or _functionalizes():
             return None, None, *_composite.backward((directions, ()), inputs, grads[:3], needed)
-        if not kept:
-            y, _, _, *kept = Layer.apply(directions, True, *inputs)  # type: ignore[no-untyped-call]
         kept = [*kept, None][:3]  # two without a projection
         x, h0, c0, *weights = inputs
-        results = Gradients.apply(  # type: ignore[no-untyped-call]
-            directions, needed, *grads[:3], x, h0, c0, y, *kept, *weights
-        )
-        found = iter(results)
+        states = x, h0, c0, y, *kept
+        found = iter(_apply(Gradients, directions, needed, *grads[:3], *states, *weights))
         return None, None, *(next(found) if need else None for need in needed)
 
     @staticmethod

@@ -1,7 +1,7 @@
 """Drop-ins for `torch.nn.LSTM` and `torch.nn.LSTMCell`, on the kernels of fastlstm.
 
-Both are subclasses of torch's own and change one thing, how a forward call is computed. A call that
-the kernels do not serve goes torch's own way, errors included.
+Both are subclasses of torch's own and change one thing, how a forward call is computed. A call on
+another device goes torch's own way, and so does a wrong one, for its error.
 """
 
 from __future__ import annotations
@@ -76,11 +76,9 @@ def _packed(
     return packed(input), hx, [packed(weight) for weight in weights]
 
 
-def _batch_sizes(packed: PackedSequence, observed: bool) -> list[int]:
+def _batch_sizes(packed: PackedSequence) -> list[int]:
     """Return the batch sizes of a PackedSequence, which anyone can make by hand, checked."""
-    tensor = packed.batch_sizes
-    # What torch.func wraps can be read one by one only.
-    sizes: list[int] = [int(n) for n in tensor] if observed else tensor.tolist()
+    sizes: list[int] = packed.batch_sizes.tolist()
     _ops.check_batch_sizes(sizes, packed.data.shape[0])
     return sizes
 
@@ -122,7 +120,7 @@ class LSTM(torch.nn.LSTM):
         run: Any = run_layer
         ragged = isinstance(input, PackedSequence)
         x: Any = input.data if ragged else input
-        batch_sizes = _batch_sizes(input, observed) if ragged else []
+        batch_sizes = _batch_sizes(input) if ragged else []
         N = batch_sizes[0] if ragged else 0
         layout = (self.num_layers, 2 if self.bidirectional else 1, self.batch_first, 3, N)
         sizes = (self.input_size, self.hidden_size, self.proj_size, *layout)
@@ -298,7 +296,7 @@ class LSTM(torch.nn.LSTM):
 class LSTMCell(torch.nn.LSTMCell):
     """`torch.nn.LSTMCell` on the kernels of fastlstm: the same constructor, parameters and results.
 
-    What the kernels do not serve (see :class:`LSTM`) runs as in `torch.nn.LSTMCell`.
+    What :class:`LSTM` says of dtypes, transforms and devices holds here.
     """
 
     _names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
