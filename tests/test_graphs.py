@@ -173,10 +173,10 @@ def test_other_internals_of_torch_are_left_alone():
 
     before = Builder.wrap_module
     for missing in ({"VariableBuilder": Builder}, {"config": torch._dynamo.config}, {}):
-        _dynamo._wrap(types.SimpleNamespace(**missing), fastlstm.nn.LSTM)
+        _dynamo._wrap(types.SimpleNamespace(**missing), fastlstm.nn.LSTM, ["cpu"])
     config = types.SimpleNamespace(patch=None)
     module = types.SimpleNamespace(VariableBuilder=Builder, config=config)
-    _dynamo._wrap(module, fastlstm.nn.LSTM)
+    _dynamo._wrap(module, fastlstm.nn.LSTM, ["cpu"])
     assert Builder.wrap_module is before
 
 
