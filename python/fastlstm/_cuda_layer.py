@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _cuda_plan, _torch
+from . import _cuda_plan, _tensors, _torch
 from ._cuda_plan import Device, Plan
 
 _SWITCH = "FASTLSTM_CUDA_KERNELS"
@@ -45,6 +45,8 @@ def _load() -> Any:
 
 _cuda = _load()
 ENABLED = _cuda is not None
+if ENABLED:
+    _tensors.DTYPES["cuda"] = tuple(_MATH)
 
 
 @lru_cache(maxsize=64)
@@ -408,53 +410,32 @@ def served(rnn: Any, input: Any, hx: Any, weights: list[Any]) -> tuple[Any, Any,
     x: Any = input.data if ragged else input
     if not ENABLED or not isinstance(x, Tensor) or not x.is_cuda:
         return None
-    if hx is not None and not (isinstance(hx, (tuple, list)) and len(hx) == 2):
+    states = list(hx) if isinstance(hx, (tuple, list)) else []
+    tensors = [x, *states, *weights]
+    if any(type(t) not in (Tensor, Parameter) or t.layout != torch.strided for t in tensors):
         return None
-    tensors = [x, *(hx or ()), *weights]
-    if any(
-        type(t) not in (Tensor, Parameter) or t.layout != torch.strided or t.device != x.device
-        for t in tensors
-    ):
-        return None
-    if not _right_shapes(rnn, x, hx, weights, input.batch_sizes if ragged else None):
-        return None
-    found = {t.dtype for t in tensors}
+    dtype, found = x.dtype, {t.dtype for t in tensors}
     if torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
-        if not found <= {torch.float32, *_HALF} or dtype not in _MATH:
+        if not found <= {torch.float32, *_HALF}:
             return None
-    elif len(found) == 1 and x.dtype in _MATH:
-        dtype = x.dtype
-    else:
+    elif len(found) > 1:
         return None
-    if properties(_index(x)).major < 8:
+    x, *tensors = (t.to(dtype) for t in tensors)
+    states, weights = tensors[: len(states)], [t.contiguous() for t in tensors[len(states) :]]
+    hx = hx if hx is None else [state.contiguous() for state in states]
+    if not _right_shapes(rnn, x, hx, weights, input.batch_sizes if ragged else None):
         return None
-    states = None if hx is None else [state.to(dtype).contiguous() for state in hx]
-    return x.to(dtype), states, [weight.to(dtype).contiguous() for weight in weights]
+    return None if properties(_index(x)).major < 8 else (x, hx, weights)
 
 
 def _right_shapes(
     rnn: Any, x: Tensor, hx: Any, weights: list[Any], batch_sizes: Tensor | None
 ) -> bool:
-    directions = 2 if rnn.bidirectional else 1
-    H, P = rnn.hidden_size, rnn.proj_size or rnn.hidden_size
-    if x.dim() not in ((2,) if batch_sizes is not None else (2, 3)) or 0 in x.shape:
-        return False
-    if x.shape[-1] != rnn.input_size:
-        return False
-    if batch_sizes is not None:
-        batch: tuple[int, ...] = (int(batch_sizes[0]),)
-    else:
-        batch = (x.shape[0 if rnn.batch_first else 1],) if x.dim() == 3 else ()
-    first = (rnn.num_layers * directions, *batch)
-    if hx is not None and (hx[0].shape != (*first, P) or hx[1].shape != (*first, H)):
-        return False
-    rest = ([(4 * H,), (4 * H,)] if rnn.bias else []) + ([(P, H)] if rnn.proj_size else [])
-    expected: list[tuple[int, ...]] = []
-    for layer in range(rnn.num_layers):
-        inputs = directions * P if layer else rnn.input_size
-        expected += [(4 * H, inputs), (4 * H, P), *rest] * directions
-    return [tuple(w.shape) for w in weights] == expected
+    N = None if batch_sizes is None else int(batch_sizes[0])
+    layout = (rnn.num_layers, 2 if rnn.bidirectional else 1, rnn.batch_first, 3, N)
+    sizes = (rnn.input_size, rnn.hidden_size, rnn.proj_size, *layout)
+    return 0 not in x.shape and _tensors.fits(x, hx, weights, *sizes)
 
 
 def explain(lstm: Any, input: Any, hx: Any, device: Any) -> str:

@@ -14,14 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _composite, _cuda_layer, _torch
+from . import _composite, _tensors, _torch
 
 _Shape = tuple[int, ...]
-
-# What the kernels of each kind of device take.
-DTYPES: dict[str, tuple[torch.dtype, ...]] = {"cpu": (torch.float32, torch.float64)}
-if _cuda_layer.ENABLED:
-    DTYPES["cuda"] = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _plain(*tensors: Tensor | None) -> list[Any]:
@@ -41,77 +36,6 @@ def _refuse_forward_ad() -> None:
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
 
 
-def weight_shapes(
-    D: int, H: int, P: int, layers: int, directions: int, bias: bool
-) -> list[tuple[int, ...]]:
-    """Return the shapes of all weights, in the order of `nn.LSTM._flat_weights`; P is proj_size."""
-    shapes: list[tuple[int, ...]] = []
-    for k in range(layers):
-        inputs = directions * (P or H) if k else D
-        biases = [(4 * H,), (4 * H,)] if bias else []
-        projection = [(P, H)] if P else []
-        shapes += [(4 * H, inputs), (4 * H, P or H), *biases, *projection] * directions
-    return shapes
-
-
-def fits(
-    x: Any,
-    hx: Any,
-    weights: list[Any],
-    D: int,
-    H: int,
-    P: int,
-    layers: int,
-    directions: int,
-    batch_first: bool,
-    dims: int,
-    N: Any,
-) -> bool:
-    """Say what `_core.fits` says, for a tracer: of any strides, and of any T and N.
-
-    N, which may be symbolic, is None where x is not ragged.
-    """
-    ragged = N is not None
-    if not isinstance(x, Tensor) or x.dim() not in ((2,) if ragged else (dims, dims - 1)):
-        return False
-    batched = ragged or x.dim() == dims
-    if batched and not ragged:
-        N = x.shape[0 if dims == 2 or batch_first else 1]
-    bias = len(weights) // (layers * directions) >= 4
-    x_shape = (*x.shape[:-1], D)
-    shapes = [x_shape, *weight_shapes(D, H, P, layers, directions, bias)]
-    tensors = [x, *weights]
-    if hx is not None:
-        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
-            return False
-        lead = ((layers * directions,) if dims == 3 else ()) + ((N,) if batched else ())
-        shapes += [(*lead, P or H), (*lead, H)]
-        tensors += hx
-    return (
-        min(D, H) > 0
-        and x.dtype in DTYPES.get(x.device.type, ())
-        and len(tensors) == len(shapes)
-        and all(
-            isinstance(tensor, Tensor)
-            and tensor.dtype == x.dtype
-            and tensor.device == x.device
-            and tensor.layout == torch.strided
-            and tensor.shape == shape
-            for tensor, shape in zip(tensors, shapes, strict=True)
-        )
-    )
-
-
-def check_batch_sizes(sizes: list[int], rows: int) -> None:
-    """Raise where the batch sizes of a PackedSequence, which anyone can make, are wrong."""
-    right = all(a >= b for a, b in zip(sizes, [*sizes[1:], 1], strict=True))
-    if not sizes or not right or sum(sizes) != rows:
-        raise RuntimeError(
-            "input.batch_sizes: expected positive numbers that do not grow and add up to the rows "
-            f"of input.data, {rows}, got {sizes}"
-        )
-
-
 def _checked(
     x: Tensor,
     h0: Tensor | None,
@@ -124,7 +48,7 @@ def _checked(
     sizes: list[int] = []
     if batch_sizes is not None:
         sizes = batch_sizes.tolist()
-        check_batch_sizes(sizes, x.shape[0])
+        _tensors.check_batch_sizes(sizes, x.shape[0])
     elif x.dim() == 3 and x.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")  # as nn.LSTM
     count = len(weights) // directions if directions in (1, 2) else 0
@@ -134,7 +58,7 @@ def _checked(
         hx = None if h0 is None and c0 is None and not sizes else (h0, c0)
         H, P = weights[0].shape[0] // 4, weights[1].shape[1] if count % 2 else 0
         N = sizes[0] if sizes else None
-        right = fits(x, hx, list(weights), x.shape[-1], H, P, 1, directions, False, 3, N)
+        right = _tensors.fits(x, hx, list(weights), x.shape[-1], H, P, 1, directions, False, 3, N)
     if not right:
         given = {"x": x, "h0": h0, "c0": c0, **{f"weights[{k}]": w for k, w in enumerate(weights)}}
         got = (
@@ -142,7 +66,7 @@ def _checked(
             for name, t in given.items()
         )
         raise RuntimeError(
-            f"fastlstm::layer: expected tensors of one device and dtype, of {DTYPES}: "
+            f"fastlstm::layer: expected tensors of one device and dtype, of {_tensors.DTYPES}: "
             "x (T, N, D), h0 (directions, N, P), c0 (directions, N, H) and for each direction "
             f"weights (4H, D), (4H, P), ...; got directions {directions}, {', '.join(got)}"
         )

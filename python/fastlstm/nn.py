@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _core, _cuda_layer, _dynamo, _ops, _transforms
+from . import _core, _cuda_layer, _dynamo, _ops, _tensors, _transforms
 from ._torch import Step, run_layer, run_step, wants_grad
 
 __all__ = ["LSTM", "LSTMCell", "convert", "explain", "revert"]
@@ -79,7 +79,7 @@ def _packed(
 def _batch_sizes(packed: PackedSequence) -> list[int]:
     """Return the batch sizes of a PackedSequence, which anyone can make by hand, checked."""
     sizes: list[int] = packed.batch_sizes.tolist()
-    _ops.check_batch_sizes(sizes, packed.data.shape[0])
+    _tensors.check_batch_sizes(sizes, packed.data.shape[0])
     return sizes
 
 
@@ -208,7 +208,7 @@ class LSTM(torch.nn.LSTM):
         given = x, hx, weights
         x, state, packed = given if half is None else _packed(*given, half)
         autocast = torch.is_autocast_enabled("cuda" if weights[0].is_cuda else "cpu")
-        if (half is None and autocast) or not _ops.fits(x, state, packed, *sizes):
+        if (half is None and autocast) or not _tensors.fits(x, state, packed, *sizes):
             return self._as_torch(input, hx, weights)
 
         if not ragged:
@@ -287,7 +287,7 @@ class LSTM(torch.nn.LSTM):
     def _check_weight_shapes(self, weights: list[Any]) -> None:
         directions = 2 if self.bidirectional else 1
         sizes = (self.input_size, self.hidden_size, self.proj_size, self.num_layers, directions)
-        shapes = _ops.weight_shapes(*sizes, self.bias)
+        shapes = _tensors.weight_shapes(*sizes, self.bias)
         for name, weight, shape in zip(self._flat_weights_names, weights, shapes, strict=True):
             if weight.shape != shape:
                 raise RuntimeError(f"{name}: expected shape {shape}, got {tuple(weight.shape)}")
@@ -346,7 +346,7 @@ class LSTMCell(torch.nn.LSTMCell):
         x, state, weights = given if half is None else _packed(*given, half)
         sizes = (self.input_size, self.hidden_size, 0, 1, 1, False, 2, None)
         autocast = half is None and torch.is_autocast_enabled("cpu")
-        if autocast or not _ops.fits(x, state, weights, *sizes):
+        if autocast or not _tensors.fits(x, state, weights, *sizes):
             return super().forward(input, hx)
         step = (0,) if x.dim() == 2 else (0, 0)
         for _ in step:  # of time, and of a batch where there is none
@@ -392,7 +392,7 @@ class LSTMCell(torch.nn.LSTMCell):
         )
 
 
-_dynamo.trace(LSTM, _ops.DTYPES)
+_dynamo.trace(LSTM, _tensors.DTYPES)
 
 _OURS = {torch.nn.LSTM: LSTM, torch.nn.LSTMCell: LSTMCell}
 _Classes = dict[type[torch.nn.Module], type[torch.nn.Module]]

@@ -1,0 +1,85 @@
+"""What of torch's tensors the kernels take: devices, dtypes and shapes.
+
+`_core.fits` says the same of plain tensors in memory, faster; a tracer has no memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# For each kind of device that has kernels; `_cuda_layer` adds its own where they are switched on.
+DTYPES: dict[str, tuple[torch.dtype, ...]] = {"cpu": (torch.float32, torch.float64)}
+
+
+def weight_shapes(
+    D: int, H: int, P: int, layers: int, directions: int, bias: bool
+) -> list[tuple[int, ...]]:
+    """Return the shapes of all weights, in the order of `nn.LSTM._flat_weights`; P is proj_size."""
+    shapes: list[tuple[int, ...]] = []
+    for k in range(layers):
+        inputs = directions * (P or H) if k else D
+        biases = [(4 * H,), (4 * H,)] if bias else []
+        projection = [(P, H)] if P else []
+        shapes += [(4 * H, inputs), (4 * H, P or H), *biases, *projection] * directions
+    return shapes
+
+
+def fits(
+    x: Any,
+    hx: Any,
+    weights: list[Any],
+    D: int,
+    H: int,
+    P: int,
+    layers: int,
+    directions: int,
+    batch_first: bool,
+    dims: int,
+    N: Any,
+) -> bool:
+    """Say what `_core.fits` says, for a tracer: of any strides, and of any T and N.
+
+    N, which may be symbolic, is None where x is not ragged.
+    """
+    ragged = N is not None
+    if not isinstance(x, Tensor) or x.dim() not in ((2,) if ragged else (dims, dims - 1)):
+        return False
+    batched = ragged or x.dim() == dims
+    if batched and not ragged:
+        N = x.shape[0 if dims == 2 or batch_first else 1]
+    bias = len(weights) // (layers * directions) >= 4
+    x_shape = (*x.shape[:-1], D)
+    shapes = [x_shape, *weight_shapes(D, H, P, layers, directions, bias)]
+    tensors = [x, *weights]
+    if hx is not None:
+        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+            return False
+        lead = ((layers * directions,) if dims == 3 else ()) + ((N,) if batched else ())
+        shapes += [(*lead, P or H), (*lead, H)]
+        tensors += hx
+    return (
+        min(D, H) > 0
+        and x.dtype in DTYPES.get(x.device.type, ())
+        and len(tensors) == len(shapes)
+        and all(
+            isinstance(tensor, Tensor)
+            and tensor.dtype == x.dtype
+            and tensor.device == x.device
+            and tensor.layout == torch.strided
+            and tensor.shape == shape
+            for tensor, shape in zip(tensors, shapes, strict=True)
+        )
+    )
+
+
+def check_batch_sizes(sizes: list[int], rows: int) -> None:
+    """Raise where the batch sizes of a PackedSequence, which anyone can make, are wrong."""
+    right = all(a >= b for a, b in zip(sizes, [*sizes[1:], 1], strict=True))
+    if not sizes or not right or sum(sizes) != rows:
+        raise RuntimeError(
+            "input.batch_sizes: expected positive numbers that do not grow and add up to the rows "
+            f"of input.data, {rows}, got {sizes}"
+        )
