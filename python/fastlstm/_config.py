@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import operator
 import platform
@@ -51,7 +52,7 @@ def get_num_threads() -> int:
 
 def _cuda_build() -> str:
     try:
-        from . import _cuda
+        _cuda = importlib.import_module(f"{__package__}._cuda")
     except ModuleNotFoundError:
         return "no CUDA part in this build"
     except ImportError as error:

@@ -9,6 +9,7 @@ The kernels have not yet run on a GPU, so they are used only where the environme
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ def _load() -> Any:
     if value != "1":
         return None
     try:
-        from . import _cuda
+        _cuda = importlib.import_module(f"{__package__}._cuda")
     except ModuleNotFoundError:
         raise ImportError(f"{_SWITCH}=1: {_NO_CUDA_PART}") from None
     return _cuda
