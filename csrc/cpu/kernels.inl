@@ -62,8 +62,8 @@ FASTLSTM_INLINE const T* next_part(const T* next, int64_t row, int64_t depth) {
 
 // ---- the tile product ---------------------------------------------------------------------------
 
-// Most terms of a product that one chain of additions takes. Longer chains round worse: at 384 the
-// error passes nn.LSTM's and 1e-6 in places. A cut costs some 50 cycles.
+// Most terms of a product that one chain of additions takes, up to whole rounds of the loop. Longer
+// chains round worse: at 384 more cases pass nn.LSTM's error and 1e-6. A cut costs some 50 cycles.
 constexpr int64_t kChain = 320;
 
 // acc[m][v] += sum_k a[m][k] * b[k * step + v * VL ...]: in chains of nearly equal length,

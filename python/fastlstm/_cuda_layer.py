@@ -25,7 +25,6 @@ from . import _cuda_plan, _tensors, _torch
 from ._cuda_plan import Device, Plan
 
 _SWITCH = "FASTLSTM_CUDA_KERNELS"
-_HALF = (torch.bfloat16, torch.float16)
 _MATH = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32", torch.float64: "f64"}
 _NO_CUDA_PART = "this build of fastlstm has no CUDA part (nvcc was not found or FASTLSTM_CUDA=off)"
 
@@ -38,10 +37,9 @@ def _load() -> Any:
     if value != "1":
         return None
     try:
-        _cuda = importlib.import_module(f"{__package__}._cuda")
+        return importlib.import_module(f"{__package__}._cuda")
     except ModuleNotFoundError:
         raise ImportError(f"{_SWITCH}=1: {_NO_CUDA_PART}") from None
-    return _cuda
 
 
 _cuda = _load()
@@ -418,7 +416,7 @@ def served(rnn: Any, input: Any, hx: Any, weights: list[Any]) -> tuple[Any, Any,
     dtype, found = x.dtype, {t.dtype for t in tensors}
     if torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
-        if not found <= {torch.float32, *_HALF}:
+        if not found <= {torch.float32, *_tensors.HALF}:
             return None
     elif len(found) > 1:
         return None

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+HALF = (torch.bfloat16, torch.float16)
+
 # For each kind of device that has kernels; `_cuda_layer` adds its own where they are switched on.
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {"cpu": (torch.float32, torch.float64)}
 

@@ -137,26 +137,34 @@ class Layer(torch.autograd.Function):
 
 
 def run_backward(
-    layer: tuple[int, Sequence[int]],
+    layer: tuple[int, Sequence[int]] | None,
     inputs: list[Any],
-    y: Tensor,
+    y: Tensor | None,
     kept: Kept,
     grads: tuple[Tensor | None, ...],
     needed: tuple[bool, ...],
 ) -> Grads:
+    """Return the gradients of x, h0, c0 and the weights, None for those not needed.
+
+    `layer` are its directions and batch sizes, `inputs` those tensors, `y` and `kept` what
+    :func:`run_forward` returned, `grads` the gradients of y, h_n and c_n; None is zeros. For a step
+    `layer`, y and its gradient are None, and no tensor has a dimension of time or directions.
+    """
     x, h0, c0, *weights = inputs
-    if x.is_cuda:
+    if layer and x.is_cuda:
         from . import _cuda_layer
 
+        assert y is not None
         return _cuda_layer.run_backward(layer, inputs, y, kept, grads, needed)
-    directions, batch_sizes = layer
+    directions, batch_sizes = layer or (1, ())
+    lead = (directions,) if layer else ()
     H, P = weights[0].shape[0] // 4, weights[1].shape[1]
-    N = batch_sizes[0] if batch_sizes else x.shape[1]
+    N = batch_sizes[0] if batch_sizes else x.shape[-2]
     grad_y, grad_h, grad_c = map(gradient, grads)
     needs_x, needs_h0, needs_c0, *needs_weights = needed
-    dx = x.new_empty(directions, *x.shape) if needs_x else None
-    dh0 = x.new_empty(directions, N, P) if needs_h0 else None
-    dc0 = x.new_empty(directions, N, H)
+    dx = x.new_empty(*lead, *x.shape) if needs_x else None
+    dh0 = x.new_empty(*lead, N, P) if needs_h0 else None
+    dc0 = x.new_empty(*lead, N, H)
     dweights = memory_for(weights, needs_weights)
     _core.backward(
         x,
@@ -176,8 +184,9 @@ def run_backward(
         False,
         torch.get_num_threads(),
     )
-    summed = None if dx is None else dx[0] if directions == 1 else dx[0].add_(dx[1])
-    return (summed, dh0, dc0 if needs_c0 else None, *dweights)
+    if layer and dx is not None:
+        dx = dx[0] if directions == 1 else dx[0].add_(dx[1])
+    return (dx, dh0, dc0 if needs_c0 else None, *dweights)
 
 
 def memory_for(weights: list[Tensor], needed: list[bool]) -> list[Tensor | None]:
@@ -223,45 +232,9 @@ class Step(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Grads:
         gates, cells, *inputs = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        kernels = partial(run_step_backward, inputs, gates, cells, grads, needed)
+        kept, all_grads = (gates, cells, None), (None, *grads)
+        kernels = partial(run_backward, None, inputs, None, kept, all_grads, needed)
         return on_kernels(kernels, grads) or _composite.step_backward(inputs, grads, needed)
-
-
-def run_step_backward(
-    inputs: list[Any],
-    gates: Tensor,
-    cells: Tensor,
-    grads: tuple[Tensor | None, ...],
-    needed: tuple[bool, ...],
-) -> Grads:
-    x, h0, c0, *weights = inputs
-    grad_h, grad_c = map(gradient, grads)
-    needs_x, needs_h0, needs_c0, *needs_weights = needed
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
-    dh0 = torch.empty_like(cells) if needs_h0 else None
-    dc0 = torch.empty_like(cells)
-    dweights = memory_for(weights, needs_weights)
-    _core.backward(
-        x,
-        h0,
-        c0,
-        weights,
-        None,
-        gates,
-        cells,
-        None,
-        None,
-        None if grad_h is None else grad_h.contiguous(),
-        None if grad_c is None else grad_c.contiguous(),
-        dx,
-        dweights,
-        dh0,
-        dc0,
-        (),
-        False,
-        torch.get_num_threads(),
-    )
-    return (dx, dh0, dc0 if needs_c0 else None, *dweights)
 
 
 def run_step(

@@ -24,7 +24,7 @@ def run_layer(
     weights: list[Tensor],
     batch_sizes: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run a layer: y, h_n, c_n. The operators know no ragged batch, and no size of zero."""
+    """Run a layer: y, h_n, c_n. A ragged batch and sizes of zero have no node here."""
     if batch_sizes or 0 in weights[0].shape or torch.autograd.forward_ad._current_level >= 0:
         return _composite.forward(directions, x, h0, c0, weights, batch_sizes)
     if not torch._C._are_functorch_transforms_active():

@@ -32,9 +32,6 @@ def _observed() -> bool:
     )
 
 
-_HALF = (torch.bfloat16, torch.float16)
-
-
 def _half_dtype(x: Any, hx: Any, weights: list[Any]) -> torch.dtype | None:
     """Return the dtype of the results where they are in half precision, else None.
 
@@ -45,8 +42,8 @@ def _half_dtype(x: Any, hx: Any, weights: list[Any]) -> torch.dtype | None:
         return None
     found = {tensor.dtype for tensor in tensors}
     if torch.is_autocast_enabled("cpu"):
-        return torch.get_autocast_dtype("cpu") if found <= {torch.float32, *_HALF} else None
-    return x.dtype if found == {x.dtype} and x.dtype in _HALF else None
+        return torch.get_autocast_dtype("cpu") if found <= {torch.float32, *_tensors.HALF} else None
+    return x.dtype if found == {x.dtype} and x.dtype in _tensors.HALF else None
 
 
 # What torch says of a state of another dtype, where the operator it came to minds.
@@ -258,7 +255,7 @@ class LSTM(torch.nn.LSTM):
             for k in range(2):
                 text = f"Expected hidden[{k}] size {{}}, got {{}}"
                 self.check_hidden_size(states[k], sizes[k](x, batch_sizes), text)
-        if x.dtype not in (torch.float32, torch.float64) or any(
+        if x.dtype not in _tensors.DTYPES["cpu"] or any(
             t.dtype != x.dtype or t.device.type != "cpu" for t in tensors
         ):
             return False
@@ -384,11 +381,11 @@ class LSTMCell(torch.nn.LSTMCell):
                 raise RuntimeError(
                     f"hidden{k} has inconsistent hidden_size: got {state.shape[-1]}, expected {H}"
                 )
-        shapes = [(4 * H, D), (4 * H, H), (4 * H,), (4 * H,)]
+        shapes = _tensors.weight_shapes(D, H, 0, 1, 1, self.bias)
         return (
-            x.dtype in (torch.float32, torch.float64)
+            x.dtype in _tensors.DTYPES["cpu"]
             and all((t.dtype, t.device.type) == (x.dtype, "cpu") for t in tensors)
-            and all(w.shape == shape for w, shape in zip(weights, shapes, strict=False))
+            and all(w.shape == shape for w, shape in zip(weights, shapes, strict=True))
         )
 
 
