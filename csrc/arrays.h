@@ -12,11 +12,16 @@ namespace fastlstm {
 struct Array {
   static constexpr int kDims = 4;
   void* data = nullptr;  // null for None
-  int itemsize = 0;      // 4 or 8: float32 or float64 in native order
+  int itemsize = 0;      // 4 or 8: float32 or float64 in native order; 2: half precision
+  bool brain = false;    // which half: bfloat16
   int dims = 0;
   int64_t shape[kDims] = {};
   int64_t step[kDims] = {};  // strides, counting elements
 
+  bool half() const { return itemsize == 2; }
+  bool same_dtype(const Array& other) const {
+    return itemsize == other.itemsize && brain == other.brain;
+  }
   // Of its elements, if they lie without gaps.
   int64_t bytes() const {
     int64_t count = itemsize;
@@ -65,7 +70,7 @@ struct Exchange {
   void* stream;
 };
 constexpr int32_t kCpu = 1;
-constexpr uint8_t kFloat = 2;
+constexpr uint8_t kFloat = 2, kBrain = 4;
 }  // namespace dlpack
 
 // What is known of torch; nothing until fastlstm.nn says.
@@ -104,12 +109,15 @@ inline bool view_dlpack(py::handle object, Array* out) {
     PyErr_Clear();  // a layout or a device that DLPack has no word for
     return false;
   }
-  if (tensor.device.type != dlpack::kCpu || tensor.dtype.code != dlpack::kFloat ||
-      tensor.dtype.lanes != 1 || (tensor.dtype.bits != 32 && tensor.dtype.bits != 64) ||
-      tensor.dims > Array::kDims)
+  const auto [code, bits, lanes] = tensor.dtype;
+  const bool brain = code == dlpack::kBrain && bits == 16;
+  const bool readable =
+      brain || (code == dlpack::kFloat && (bits == 16 || bits == 32 || bits == 64));
+  if (tensor.device.type != dlpack::kCpu || !readable || lanes != 1 || tensor.dims > Array::kDims)
     return false;
   out->data = static_cast<char*>(tensor.data) + tensor.byte_offset;
-  out->itemsize = tensor.dtype.bits / 8;
+  out->itemsize = bits / 8;
+  out->brain = brain;
   out->dims = tensor.dims;
   for (int d = 0; d < tensor.dims; ++d) {
     out->shape[d] = tensor.shape[d];
@@ -127,7 +135,8 @@ inline bool view_attributes(py::handle object, Array* out) {
     return false;
   const py::tuple strides = object.attr("stride")();
   out->itemsize = object.attr("element_size")().cast<int>();
-  if (out->itemsize != 4 && out->itemsize != 8) return false;
+  if (out->itemsize < 2) return false;  // float8
+  out->brain = py::str(object.attr("dtype")).equal(py::str("torch.bfloat16"));
   out->data = reinterpret_cast<void*>(object.attr("data_ptr")().cast<uintptr_t>());
   out->dims = int(shape.size());
   for (int d = 0; d < out->dims; ++d) {
@@ -147,7 +156,8 @@ inline bool is_exactly_numpy(pybind11::handle object) {
   return Py_TYPE(object.ptr()) == pybind11::detail::npy_api::get().PyArray_Type_;
 }
 
-// The array behind `object`; false where it is none of float32 or float64 in this CPU's memory.
+// The array behind `object`; false where it is none of floats in this CPU's memory. Half precision
+// is torch's only, and for fits() alone.
 inline bool view(pybind11::handle object, Array* out) {
   if (is_torch(object))
     return torch.exchange ? detail::view_dlpack(object, out) : detail::view_attributes(object, out);
@@ -160,6 +170,8 @@ namespace pybind11::detail {
 template <>
 struct type_caster<fastlstm::Array> {
   PYBIND11_TYPE_CASTER(fastlstm::Array, const_name("numpy.ndarray | torch.Tensor | None"));
-  bool load(handle source, bool) { return source.is_none() || fastlstm::view(source, &value); }
+  bool load(handle source, bool) {
+    return source.is_none() || (fastlstm::view(source, &value) && !value.half());
+  }
 };
 }  // namespace pybind11::detail

@@ -170,14 +170,14 @@ void run_backward(Array x, Array h0, Array c0, const Arrays& weights, Array y, A
 }
 
 // Whether a call can run as it stands: every array of the one dtype, of the shape it must have, and
-// laid out as the kernels read it. True spares the thorough checks in Python; false says nothing.
-// P is proj_size, or 0. `dims` is that of a batched x: 3, or 2 for a cell. `packed` is the batch of
-// a ragged x (rows, D), or 0.
+// laid out as the kernels read it; tensors in half precision once they are float32. True spares the
+// thorough checks in Python; false says nothing. P is proj_size, or 0. `dims` is that of a batched
+// x: 3, or 2 for a cell. `packed` is the batch of a ragged x (rows, D), or 0.
 bool fits(py::handle x, py::handle state, py::handle weights, int64_t D, int64_t H, int64_t P,
           int64_t layers, int64_t directions, bool batch_first, int dims, int64_t packed) {
   Array input;
   const auto plain = [&](py::handle object, Array* array) {
-    if (!view(object, array) || array->itemsize != input.itemsize) return false;
+    if (!view(object, array) || !array->same_dtype(input)) return false;
     if (is_torch(object) != is_torch(x)) return false;
     if (!is_torch(object)) return is_exactly_numpy(object);
     // A view whose memory holds the numbers negated.

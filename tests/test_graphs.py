@@ -459,12 +459,14 @@ def operands(ragged=False, with_state=True, **options):
     """What fastlstm::layer takes up to `directions`, and the batch sizes."""
     torch.manual_seed(0)
     module = fastlstm.nn.LSTM(D, H, **options)
+    dtype = module.weight_ih_l0.dtype
     directions = 2 if module.bidirectional else 1
     sizes = (module.proj_size or H, H)
     weights = [w.detach().requires_grad_() for w in module.parameters()]
     batch_sizes = torch.tensor([3, 3, 2, 1]) if ragged else None
-    x = leaf(9, D) if ragged else leaf(T, N, D)
-    state = [leaf(directions, N, n, seed=n) for n in sizes] if with_state else [None, None]
+    x = leaf(*((9,) if ragged else (T, N)), D, dtype=dtype)
+    starts = [leaf(directions, N, n, dtype=dtype, seed=n) for n in sizes]
+    state = starts if with_state else [None, None]
     return [x, *state, weights, directions], batch_sizes
 
 
@@ -478,6 +480,7 @@ OPERANDS = {
     "two directions": {"bidirectional": True},
     "projection": {"proj_size": 3, "with_state": False},
     "ragged, two directions": {"ragged": True, "bidirectional": True},
+    "bfloat16": {"dtype": BF16},
 }
 
 
@@ -527,7 +530,7 @@ def test_operators_check_what_they_get(options):
 
     refused(x=x[..., 1:])
     refused(x=x.double())
-    refused(x=x.bfloat16())
+    refused(x=x.half())
     refused(x=x.unsqueeze(0))
     refused(h0=x)
     refused(c0=None) if c0 is not None else refused(c0=x)

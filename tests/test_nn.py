@@ -879,6 +879,22 @@ def test_half_precision(dtype, cell):
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
+def test_half_precision_keeps_half(dtype, cell):
+    """What is kept for backward takes half the memory too: 6 numbers a unit and step."""
+    ours, _ = pair(20, 33, cell=cell, dtype=dtype)
+    x = leaf(5, 20, dtype=dtype) if cell else leaf(12, 5, 20, dtype=dtype)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        flatten(ours(x))[0].sum().backward()
+    own = {t.data_ptr() for t in (x, *ours.parameters())}
+    assert {t.dtype for t in saved} == {dtype}
+    assert {t.data_ptr() for t in saved if t.data_ptr() in own} == own  # no copies
+    of_steps = sum(t.numel() for t in saved if t.data_ptr() not in own)
+    assert of_steps == (5 * 33 * 5 if cell else 12 * 5 * 33 * 6)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_half_precision_of_packed_and_projected(dtype):
     ours, _ = pair(6, 9, 2, proj_size=4, bidirectional=True, dtype=dtype)
     xs = [leaf(n, 6, dtype=dtype, seed=n) for n in (7, 4, 1)]
@@ -898,19 +914,22 @@ def test_torch_without_its_exchange_table():
 import torch, fastlstm.nn
 from fastlstm import _core
 _core.use_torch(torch.Tensor, torch.nn.Parameter, None)
-for dtype in (torch.float32, torch.float64):
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     theirs = torch.nn.LSTM(5, 7, num_layers=2, bidirectional=True, dtype=dtype)
     ours = fastlstm.nn.LSTM(5, 7, num_layers=2, bidirectional=True, dtype=dtype)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(3, 4, 5, dtype=dtype)
     weights = list(ours.parameters())
     fits = lambda x: _core.fits(x, None, weights, 5, 7, 0, 2, 2, False, 3, 0)
-    assert fits(x) and not fits(x.half()) and not fits(x.to("meta")) and not fits(x.long())
+    others = {torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int16} - {dtype}
+    assert fits(x) and not fits(x.to("meta")) and not any(fits(x.to(other)) for other in others)
+    eps = torch.finfo(dtype).eps
+    close = {} if eps < 1e-6 else {"rtol": 4 * eps, "atol": 4 * eps}
     for module in (theirs, ours):
         module(x)[0].square().sum().backward()
-    torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(ours(x), theirs(x), **close)
     for mine, other in zip(ours.parameters(), theirs.parameters()):
-        torch.testing.assert_close(mine.grad, other.grad)
+        torch.testing.assert_close(mine.grad, other.grad, **close)
 print("equal")
 """
     assert stdout_of(run_python(code)) == "equal"
@@ -959,6 +978,12 @@ def test_what_the_kernels_may_read():
         for other in wrong:
             assert not fits(x, [*weights[:k], other, *weights[k + 1 :]])
     assert not fits(x, weights[:3]) and not fits(x, tuple(weights))
+    half = [w.detach().half() for w in (x, *weights)]
+    assert fits(half[0], half[1:]) and not fits(half[0].bfloat16(), half[1:])
+    memory = [torch.empty(3, 2, 5), None, None]
+    with pytest.raises(TypeError, match="incompatible"):  # only by way of float32
+        _core = fastlstm._core
+        _core.forward(half[0], None, None, half[1:], *memory, None, None, None, (), False, 1)
     module(no_memory)  # through an operator, which finds memory there
     module(x)[0].backward(torch._efficientzerotensor((3, 2, 5)))
     assert not any(w.grad.any() for w in weights)

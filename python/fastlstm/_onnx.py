@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._tensors import HALF, in_float32
+
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def exporting() -> bool:
@@ -23,13 +25,17 @@ def layer(
     weights: list[Tensor],
     batch_sizes: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Put one LSTM node into the graph: y, h_n, c_n as of `_ops.layer`.
+    """Put one LSTM node into the graph, of float32 for half precision: y, h_n, c_n of `_ops.layer`.
 
     Raises
     ------
     NotImplementedError
         With a projection, which the operator does not have.
     """
+    if x.dtype in HALF:
+        args = directions, x, h0, c0, weights, batch_sizes
+        in_half: tuple[Tensor, Tensor, Tensor] = in_float32(layer, x.dtype, *args)
+        return in_half
     count = len(weights) // directions
     H = weights[0].shape[0] // 4
     if count % 2:

@@ -5,15 +5,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 HALF = (torch.bfloat16, torch.float16)
 
 # For each kind of device that has kernels; `_cuda_layer` adds its own where they are switched on.
-DTYPES: dict[str, tuple[torch.dtype, ...]] = {"cpu": (torch.float32, torch.float64)}
+# The CPU's take half precision by way of `in_float32`.
+DTYPES: dict[str, tuple[torch.dtype, ...]] = {"cpu": (torch.float32, torch.float64, *HALF)}
+
+
+def in_float32(run: Callable[..., Any], half: torch.dtype, *args: Any) -> Any:
+    """Return `run(*args)`, the tensors of `args` taken to float32 and those of its result back."""
+    wide = tree_map_only(Tensor, Tensor.float, args)
+    return tree_map_only(Tensor, lambda tensor: tensor.to(half), run(*wide))
 
 
 def weight_shapes(

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import _composite, _core
+from ._tensors import HALF, in_float32
 
 # torch gives its memory away through DLPack's C table (since 2.10) or attribute by attribute.
 _core.use_torch(Tensor, Parameter, getattr(Tensor, "__dlpack_c_exchange_api__", None))
@@ -56,6 +57,10 @@ def run_forward(
         from . import _cuda_layer
 
         return _cuda_layer.run_forward(x, h0, c0, weights, directions, batch_sizes, keep)
+    if x.dtype in HALF:
+        args = x, h0, c0, weights, directions, batch_sizes, keep
+        in_half: tuple[Tensor, Tensor, Tensor, Kept] = in_float32(run_forward, x.dtype, *args)
+        return in_half
     y, h_n, c_n, kept = new_results(x, weights, directions, batch_sizes, keep)
     threads = torch.get_num_threads()
     _core.forward(x, h0, c0, weights, y, h_n, c_n, *kept, batch_sizes, False, threads)
@@ -68,7 +73,8 @@ def new_results(
     """Return memory for what :func:`run_forward` returns."""
     *time, _ = x.shape
     N = batch_sizes[0] if batch_sizes else time[1]
-    H, P = weights[0].shape[0] // 4, weights[1].shape[1]
+    four_h, P = weights[1].shape
+    H = four_h // 4
     projects = len(weights) // directions % 2 == 1
     y = x.new_empty(*time, directions * P)
     h_n = x.new_empty(directions, N, P)
@@ -156,13 +162,17 @@ def run_backward(
 
         assert y is not None
         return _cuda_layer.run_backward(layer, inputs, y, kept, grads, needed)
+    if x.dtype in HALF:
+        args = layer, inputs, y, kept, grads, needed
+        in_half: Grads = in_float32(run_backward, x.dtype, *args)
+        return in_half
     directions, batch_sizes = layer or (1, ())
     lead = (directions,) if layer else ()
     H, P = weights[0].shape[0] // 4, weights[1].shape[1]
     N = batch_sizes[0] if batch_sizes else x.shape[-2]
     grad_y, grad_h, grad_c = map(gradient, grads)
     needs_x, needs_h0, needs_c0, *needs_weights = needed
-    dx = x.new_empty(*lead, *x.shape) if needs_x else None
+    dx = x.new_empty(*(lead if directions == 2 else ()), *x.shape) if needs_x else None
     dh0 = x.new_empty(*lead, N, P) if needs_h0 else None
     dc0 = x.new_empty(*lead, N, H)
     dweights = memory_for(weights, needs_weights)
@@ -184,8 +194,8 @@ def run_backward(
         False,
         torch.get_num_threads(),
     )
-    if layer and dx is not None:
-        dx = dx[0] if directions == 1 else dx[0].add_(dx[1])
+    if directions == 2 and dx is not None:
+        dx = dx[0].add_(dx[1])
     return (dx, dh0, dc0 if needs_c0 else None, *dweights)
 
 
@@ -240,6 +250,11 @@ class Step(torch.autograd.Function):
 def run_step(
     x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], keep: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Run one step of a cell on x (N, D): h and c (N, H) and, with `keep`, gates and cells."""
+    if x.dtype in HALF:
+        args = x, h0, c0, weights, keep
+        in_half: tuple[Tensor, Tensor, Any, Any] = in_float32(run_step, x.dtype, *args)
+        return in_half
     N, H = x.shape[0], weights[1].shape[1]
     h, c = x.new_empty(N, H), x.new_empty(N, H)
     gates = x.new_empty(N, 4 * H) if keep else None

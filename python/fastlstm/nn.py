@@ -32,18 +32,19 @@ def _observed() -> bool:
     )
 
 
-def _half_dtype(x: Any, hx: Any, weights: list[Any]) -> torch.dtype | None:
-    """Return the dtype of the results where they are in half precision, else None.
+def _autocast_dtype(x: Any, hx: Any, weights: list[Any]) -> torch.dtype | None:
+    """Return the dtype of the results where autocast decides it, else None.
 
-    The arithmetic is in float32 then. Under autocast it decides the dtype.
+    All before them is in float32 then.
     """
-    tensors = [x, *(hx if isinstance(hx, (tuple, list)) else ()), *weights]
-    if not all(isinstance(t, Tensor) and t.is_cpu for t in tensors):
+    if not torch.is_autocast_enabled("cpu"):
         return None
-    found = {tensor.dtype for tensor in tensors}
-    if torch.is_autocast_enabled("cpu"):
-        return torch.get_autocast_dtype("cpu") if found <= {torch.float32, *_tensors.HALF} else None
-    return x.dtype if found == {x.dtype} and x.dtype in _tensors.HALF else None
+    tensors = [x, *(hx if isinstance(hx, (tuple, list)) else ()), *weights]
+    narrow = all(
+        isinstance(t, Tensor) and t.is_cpu and t.dtype in (torch.float32, *_tensors.HALF)
+        for t in tensors
+    )
+    return torch.get_autocast_dtype("cpu") if narrow else None
 
 
 # What torch says of a state of another dtype, where the operator it came to minds.
@@ -61,7 +62,7 @@ def _wrong_dtype(hx: Any, expected: torch.dtype) -> RuntimeError | None:
 def _packed(
     input: Any, hx: Any, weights: list[Any], half: torch.dtype | None
 ) -> tuple[Any, Any, list[Any]]:
-    """Return tensors contiguous, those in half precision in float32, and the rest as it came."""
+    """Return tensors contiguous, under autocast in float32, and the rest as it came."""
 
     def packed(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.layout is not torch.strided:
@@ -93,7 +94,8 @@ class LSTM(torch.nn.LSTM):
     """`torch.nn.LSTM` on the kernels of fastlstm: the same constructor, parameters and results.
 
     float32 and float64 CPU tensors run on the kernels, forward and backward, packed sequences and
-    `proj_size` included; so do bfloat16, float16 and autocast, with arithmetic in float32.
+    `proj_size` included; so do bfloat16, float16 and autocast, with arithmetic in float32. What
+    tensors in half precision keep for backward is in half precision; under autocast it is not.
     `torch.compile`, `torch.export` and dispatch modes see one operator for each layer,
     `torch.onnx.export` the LSTM operator of ONNX. `torch.func` and autograd of any order work, on
     the kernels for `grad`, `vjp`, `jacrev` and `vmap`; forward mode and derivatives of derivatives
@@ -126,7 +128,7 @@ class LSTM(torch.nn.LSTM):
         if observed or autocast or not _core.fits(x, hx, weights, *sizes):
             packed = None if observed else _cuda_layer.served(self, input, hx, weights)
             if packed is None:
-                half = _half_dtype(x, hx, weights)
+                half = _autocast_dtype(x, hx, weights)
                 packed = _packed(x, hx, weights, half)
                 if observed or not _core.fits(*packed, *sizes):
                     if not self._serves(*packed, input.batch_sizes if ragged else None):
@@ -201,7 +203,7 @@ class LSTM(torch.nn.LSTM):
         N = _traced_batch(input, hx) if ragged else None
         layout = (self.num_layers, 2 if self.bidirectional else 1, self.batch_first, 3, N)
         sizes = (self.input_size, self.hidden_size, self.proj_size, *layout)
-        half = _half_dtype(x, hx, weights)
+        half = _autocast_dtype(x, hx, weights)
         given = x, hx, weights
         x, state, packed = given if half is None else _packed(*given, half)
         autocast = torch.is_autocast_enabled("cuda" if weights[0].is_cuda else "cpu")
@@ -223,7 +225,7 @@ class LSTM(torch.nn.LSTM):
         return y, self.permute_hidden((h, c), input.unsorted_indices)
 
     def _serves(self, x: Any, hx: Any, weights: list[Any], batch_sizes: Tensor | None) -> bool:
-        """Return whether all are CPU tensors of one dtype, float32 or float64, and nothing missing.
+        """Return whether all are CPU tensors of one floating dtype, and nothing missing.
 
         False leaves the call, and its error, to nn.LSTM. Errors of shape are raised here, with the
         text of nn.LSTM: it would not see all of them, or not under every transform.
@@ -315,7 +317,7 @@ class LSTMCell(torch.nn.LSTMCell):
         readable = True
         autocast = torch.is_autocast_enabled("cpu")
         if observed or autocast or not _core.fits(input, hx, weights, *sizes):
-            half = _half_dtype(input, hx, weights)
+            half = _autocast_dtype(input, hx, weights)
             packed = _packed(input, hx, weights, half)
             readable = not observed and _core.fits(*packed, *sizes)
             if not readable and not self._serves(*packed):
@@ -338,7 +340,7 @@ class LSTMCell(torch.nn.LSTMCell):
 
     def _traced(self, input: Any, hx: Any, weights: list[Any]) -> Any:
         """Run as the operator of a layer at T = 1."""
-        half = _half_dtype(input, hx, weights)
+        half = _autocast_dtype(input, hx, weights)
         given = input, hx, weights
         x, state, weights = given if half is None else _packed(*given, half)
         sizes = (self.input_size, self.hidden_size, 0, 1, 1, False, 2, None)
@@ -355,7 +357,7 @@ class LSTMCell(torch.nn.LSTMCell):
         return (h, c) if half is None else (h.to(half), c.to(half))
 
     def _serves(self, x: Any, hx: Any, weights: list[Any]) -> bool:
-        """Return whether this is a right call on CPU tensors of one dtype, float32 or float64.
+        """Return whether this is a right call on CPU tensors of one floating dtype.
 
         False leaves the call, and its error, to nn.LSTMCell; what it would not see under vmap is
         raised here, with its text.
