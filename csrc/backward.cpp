@@ -83,7 +83,8 @@ class BackwardPass {
     strips_ = workspace.at<T>(strips_place_);
   }
 
-  // The part of thread `id` of plan.threads().
+  int threads() const { return plan_.threads(); }
+  // The part of thread `id` of threads().
   void work(int id) {
     const auto [steps, batch, input, hidden, output] = in_.sizes;
     const Backward<T>& in = in_;

@@ -71,15 +71,16 @@ struct Shape {
   }
 };
 
-// Direction d of a layer whose weights stand one direction after the other: W_ih, W_hh, b_ih and
-// b_hh if it has biases, W_hr if it has a projection. The same for their gradients.
+// Part k of `parts`, the directions of each layer in turn, whose weights stand one part after the
+// other: W_ih, W_hh, b_ih and b_hh if it has biases, W_hr if it has a projection. The same for
+// their gradients.
 template <class T>
 struct Weights {
   T *ih, *hh, *b_ih = nullptr, *b_hh = nullptr, *hr = nullptr;
 
-  Weights(const Arrays& arrays, int directions, int d) {
-    const size_t count = arrays.size() / size_t(directions);
-    const Array* w = arrays.data() + size_t(d) * count;
+  Weights(const Arrays& arrays, int parts, int k) {
+    const size_t count = arrays.size() / size_t(parts);
+    const Array* w = arrays.data() + size_t(k) * count;
     ih = at<T>(w[0], 0);
     hh = at<T>(w[1], 0);
     if (count >= 4) {
@@ -90,9 +91,9 @@ struct Weights {
   }
 };
 template <class T>
-Layer<T> layer(const Arrays& weights, int directions, int d, bool reverse) {
-  const Weights<const T> w(weights, directions, d);
-  return {w.ih, w.hh, w.b_ih, w.b_hh, w.hr, reverse || d == 1};
+Layer<T> layer(const Arrays& weights, int parts, int k, bool reverse) {
+  const Weights<const T> w(weights, parts, k);
+  return {w.ih, w.hh, w.b_ih, w.b_hh, w.hr, reverse};
 }
 
 void run_forward(Array x, Array h0, Array c0, const Arrays& weights, Array y, Array h_n, Array c_n,
@@ -106,21 +107,25 @@ void run_forward(Array x, Array h0, Array c0, const Arrays& weights, Array y, Ar
     const Shape shape(x, weights, batch_sizes);
     const auto [T, N, D, H, P] = shape.sizes;
     const int directions = int(y.shape[y.dims - 1] / P);
-    Forward<E> passes[2];
-    for (int d = 0; d < directions; ++d)
-      passes[d] = {shape.sizes,
-                   shape.ragged(reverse || d == 1),
-                   layer<E>(weights, directions, d, reverse),
-                   rows<const E>(x),
-                   at<const E>(h0, d * N * P),
-                   at<const E>(c0, d * N * H),
-                   rows<E>(y, d * P),
-                   at<E>(h_n, d * N * P),
-                   at<E>(c_n, d * N * H),
-                   at<E>(gates, d * shape.rows * 4 * H),
-                   at<E>(cells, d * shape.rows * H),
-                   at<E>(raw, d * shape.rows * H)};
-    forward(passes, directions, threads);
+    const int parts = h_n.dims == 3 ? int(h_n.shape[0]) : 1;
+    std::vector<Forward<E>> passes(static_cast<size_t>(parts));
+    for (int k = 0; k < parts; ++k) {
+      const int d = k % directions;
+      const bool backwards = reverse || d == 1;
+      passes[size_t(k)] = {{T, N, k < directions ? D : directions * P, H, P},
+                           shape.ragged(backwards),
+                           layer<E>(weights, parts, k, backwards),
+                           rows<const E>(x),
+                           at<const E>(h0, k * N * P),
+                           at<const E>(c0, k * N * H),
+                           rows<E>(y, d * P),
+                           at<E>(h_n, k * N * P),
+                           at<E>(c_n, k * N * H),
+                           at<E>(gates, k * shape.rows * 4 * H),
+                           at<E>(cells, k * shape.rows * H),
+                           at<E>(raw, k * shape.rows * H)};
+    }
+    forward(passes.data(), parts / directions, directions, threads);
   });
 }
 
@@ -141,7 +146,7 @@ void run_backward(Array x, Array h0, Array c0, const Arrays& weights, Array y, A
       const Weights<E> dw(dweights, directions, d);
       passes[d] = {shape.sizes,
                    shape.ragged(reverse || d == 1),
-                   layer<E>(weights, directions, d, reverse),
+                   layer<E>(weights, directions, d, reverse || d == 1),
                    rows<const E>(x),
                    at<const E>(h0, d * N * P),
                    at<const E>(c0, d * N * H),
@@ -259,9 +264,9 @@ Machine machine(int itemsize) {
 }
 
 py::dict show_plan(int64_t T, int64_t N, int64_t D, int64_t H, int threads, int itemsize,
-                   bool backward) {
-  const Plan plan =
-      (backward ? plan_backward : plan_forward)({T, N, D, H, H}, machine(itemsize), threads);
+                   bool backward, int layers) {
+  const Sizes sizes{T, N, D, H, H};
+  const Plan plan = (backward ? plan_backward : plan_forward)(sizes, machine(itemsize), threads);
   py::dict shown;
   shown["row_groups"] = plan.row_groups;
   shown["panel_groups"] = plan.panel_groups;
@@ -269,6 +274,7 @@ py::dict show_plan(int64_t T, int64_t N, int64_t D, int64_t H, int threads, int 
   shown["direct"] = plan.direct;
   shown["input_in_step"] = plan.input_in_step;
   shown["block"] = plan.block;
+  shown["layers_at_once"] = layers_at_once(sizes, machine(itemsize), layers, threads);
   return shown;
 }
 
@@ -327,7 +333,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("active_isa", &active_isa);
   m.def("use_isa", &use_isa, py::arg("name"));
   m.def("plan", &show_plan, py::arg("T"), py::arg("N"), py::arg("D"), py::arg("H"),
-        py::arg("threads"), py::arg("itemsize"), py::arg("backward"));
+        py::arg("threads"), py::arg("itemsize"), py::arg("backward"), py::arg("layers") = 1);
   m.def("map", &map<float>, py::arg("function"), py::arg("x").noconvert());
   m.def("map", &map<double>, py::arg("function"), py::arg("x").noconvert());
   m.def("fma_peak", &fma_peak, py::arg("threads"), py::arg("itemsize"));

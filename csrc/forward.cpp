@@ -1,5 +1,7 @@
 // The forward pass: pack the weights, then block by block of time the input product and the steps.
 #include <algorithm>
+#include <deque>
+#include <memory>
 #include <vector>
 
 #include "passes.h"
@@ -40,7 +42,8 @@ class ForwardPass {
     raw_ = workspace.at<T>(raw_place_);
   }
 
-  // The part of thread `id` of plan.threads().
+  int threads() const { return plan_.threads(); }
+  // The part of thread `id` of threads().
   void work(int id) {
     const auto [steps, batch, input, hidden, output] = in_.sizes;
     const Forward<T>& in = in_;
@@ -81,6 +84,7 @@ class ForwardPass {
     for (int64_t s0 = 0; s0 < steps; s0 += plan.block) {
       const int64_t count = std::min(plan.block, steps - s0);
       const Rows<T> z = own_z_ ? own : kept_gates.block(s0, 0, batch);
+      if (in.below) in.below->wait(s0 + count);
       if (!plan.input_in_step) {
         Product<T> product;
         product.a = x.block(s0, n0, n1 - n0);
@@ -125,6 +129,7 @@ class ForwardPass {
           if (count > 0) project(raw.block(0, n0, count), y.block(s, n0, count), count, member);
           row_group_[size_t(group)].wait(plan.panel_groups);
         }
+        if (in.done && member == 0) in.done->reached(group, s + 1);
       }
     }
 
@@ -181,20 +186,60 @@ class ForwardPass {
 }  // namespace
 
 template <class T>
-void forward(const Forward<T>* directions, int count, int threads) {
-  const Sizes& sizes = directions->sizes;
-  if (sizes.batch == 0) return;
+void forward(Forward<T>* passes, int layers, int directions, int threads) {
+  if (passes->sizes.batch == 0) return;
   const Kernels<T>& kernel = kernels<T>();
   const Machine machine{kernel.lanes, sizeof(T)};
-  run_directions<ForwardPass<T>>(directions, count, threads, kernel, [&](int most) {
-    Plan plan = plan_forward(sizes, machine, most);
+  const auto make_plan = [&](auto* plan_of, const Forward<T>& in, int most) {
+    Plan plan = plan_of(in.sizes, machine, most);
     // A product over time wants as many rows at every step.
-    if (directions->ragged.rows) plan.input_in_step = true;
+    if (in.ragged.rows) plan.input_in_step = true;
     return plan;
-  });
+  };
+  const Forward<T>& last = passes[layers * directions - 1];
+  const int at_once = directions == 1 ? layers_at_once(last.sizes, machine, layers, threads) : 1;
+
+  // One output for each layer that runs, one for the layer below them.
+  const int64_t rows = Active(last).total(0, last.sizes.steps);
+  const int64_t columns = directions * last.sizes.output;
+  std::vector<std::unique_ptr<T[]>> between(size_t(std::min(layers - 1, at_once + 1)));
+  for (auto& memory : between) {
+    memory.reset(new T[size_t(rows * columns)]);
+    prefer_huge_pages(memory.get(), rows * columns * int64_t(sizeof(T)));
+  }
+  for (int k = 0; k < layers - 1; ++k) {
+    T* memory = between[size_t(k) % between.size()].get();
+    for (int d = 0; d < directions; ++d) {
+      Forward<T>&lower = passes[k * directions + d], &upper = passes[(k + 1) * directions + d];
+      const int64_t batch = lower.sizes.batch;
+      lower.y = {memory + d * lower.sizes.output, batch * columns, columns, batch};
+      upper.x = {memory, batch * columns, columns, batch};
+    }
+  }
+
+  const int each = threads / at_once;
+  for (int first = 0; first < layers; first += at_once) {
+    Forward<T>* run = passes + first * directions;
+    const int count = std::min(at_once, layers - first);
+    if (count > 1) {
+      std::deque<Progress> progress;
+      for (int k = 0; k < count; ++k) {
+        run[k].below = k ? &progress.back() : nullptr;
+        run[k].done = &progress.emplace_back(make_plan(plan_in_wave, run[k], each).row_groups);
+      }
+      if (run_together<ForwardPass<T>>(
+              run, count, kernel, [&](int k) { return make_plan(plan_in_wave, run[k], each); }))
+        continue;
+      for (int k = 0; k < count; ++k) run[k].below = run[k].done = nullptr;
+    }
+    for (int k = 0; k < count; ++k)
+      run_directions<ForwardPass<T>>(
+          run + k * directions, directions, threads, kernel,
+          [&](int most) { return make_plan(plan_forward, run[k * directions], most); });
+  }
 }
 
-template void forward(const Forward<float>*, int, int);
-template void forward(const Forward<double>*, int, int);
+template void forward(Forward<float>*, int, int, int);
+template void forward(Forward<double>*, int, int, int);
 
 }  // namespace fastlstm

@@ -1,5 +1,5 @@
-// The whole C++ interface of fastlstm: one LSTM layer, in one or both directions, on
-// raw pointers.
+// The whole C++ interface of fastlstm: layers of an LSTM, in one or both directions, on raw
+// pointers.
 //
 // Legend
 //   T  time steps    N  batch    D  input size    H  hidden size
@@ -70,6 +70,8 @@ struct Layer {
   bool reverse;   // time runs from T-1 to 0
 };
 
+class Progress;  // of cpu/parallel.h
+
 template <class T>
 struct Forward {
   Sizes sizes;
@@ -84,6 +86,9 @@ struct Forward {
   T* gates;         // (T, N, 4, H) i f g o after their activations, or null: keep nothing
   T* cells;         // (T, N, H) c_t, or null
   T* raw;           // (T, N, H) o * tanh(c_t), or null; kept with a projection only
+  // For forward() itself: the layer below, where it runs at the same time, and this layer.
+  const Progress* below = nullptr;
+  Progress* done = nullptr;
 };
 
 // Gradients of a scalar loss. A null output is not computed.
@@ -111,10 +116,14 @@ struct Backward {
   T* dc0;                // (N, H), always computed
 };
 
-// Runs the one or two directions of a layer, which have the same sizes. threads >= 1 is the most
-// that may be used. Throws std::bad_alloc and nothing else.
+// threads >= 1 is the most that may be used. Throw std::bad_alloc and nothing else.
+
+// Runs layers, the directions of each one after the other, which have the same sizes. Of more than
+// one layer nothing is kept; y of all but the last layer, and x of all but the first, are
+// forward()'s own: it fills them in.
 template <class T>
-void forward(const Forward<T>* directions, int count, int threads);
+void forward(Forward<T>* passes, int layers, int directions, int threads);
+// Runs the one or two directions of a layer.
 template <class T>
 void backward(const Backward<T>* directions, int count, int threads);
 

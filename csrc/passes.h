@@ -148,29 +148,39 @@ void product_of_group(const Kernels<T>& kernel, const Plan& plan, int member, Ro
   kernel.product(product, 0, count, from, past);
 }
 
-// Runs `count` directions at the same time, on as many threads each as `plan` has. False, with
+// Runs `count` passes at the same time, on as many threads each as its plan has. False, with
 // nothing run, where so many threads are not to be had.
-template <class Pass, class Args, class T>
-bool run_together(const Args* directions, int count, const Plan& plan, const Kernels<T>& kernel) {
+template <class Pass, class Args, class T, class PlanOf>
+bool run_together(const Args* in, int count, const Kernels<T>& kernel, PlanOf&& plan_of) {
   Workspace workspace;
   std::deque<Pass> passes;
-  for (int d = 0; d < count; ++d) passes.emplace_back(directions[d], plan, kernel, &workspace);
+  int threads = 0;
+  for (int k = 0; k < count; ++k) {
+    const Plan plan = plan_of(k);
+    passes.emplace_back(in[k], plan, kernel, &workspace);
+    threads += plan.threads();
+  }
   workspace.allocate();
   for (Pass& pass : passes) pass.bind(workspace);
-  const int threads = plan.threads();
-  return parallel(threads * count, [&](int id) { passes[id / threads].work(id % threads); });
+  return parallel(threads, [&](int id) {
+    auto pass = passes.begin();
+    for (; id >= pass->threads(); ++pass) id -= pass->threads();
+    pass->work(id);
+  });
 }
 
 // `make_plan(threads)` plans one direction.
 template <class Pass, class Args, class T, class MakePlan>
 void run_directions(const Args* directions, int count, int threads, const Kernels<T>& kernel,
                     MakePlan&& make_plan) {
-  if (count == 2 && threads % 2 == 0 && make_plan(threads).threads() > 1 &&
-      run_together<Pass>(directions, 2, make_plan(threads / 2), kernel))
+  const auto run = [&](int first, int together, int most) {
+    return run_together<Pass>(directions + first, together, kernel,
+                              [&](int) { return make_plan(most); });
+  };
+  if (count == 2 && threads % 2 == 0 && make_plan(threads).threads() > 1 && run(0, 2, threads / 2))
     return;
   for (int d = 0; d < count; ++d)
-    if (!run_together<Pass>(directions + d, 1, make_plan(threads), kernel))
-      run_together<Pass>(directions + d, 1, make_plan(1), kernel);
+    if (!run(d, 1, threads)) run(d, 1, 1);
 }
 
 }  // namespace fastlstm

@@ -18,6 +18,7 @@ struct Plan {
   bool input_in_step =
       false;          // forward: the input product inside the step, not a product over time
   int64_t block = 1;  // time steps whose input product (or dz) is held at once
+  double cycles = 0;  // what the cost model says of all steps
 
   int threads() const { return row_groups * panel_groups; }
 };
@@ -32,6 +33,12 @@ struct Machine {
 // are cut by it.
 Plan plan_forward(const Sizes& sizes, const Machine& machine, int threads);
 Plan plan_backward(const Sizes& sizes, const Machine& machine, int threads);
+
+// How many layers of the same sizes run at the same time, each on an equal part of the threads and
+// `block` steps of plan_in_wave() behind the one below it: 1 if it does not pay.
+int layers_at_once(const Sizes& sizes, const Machine& machine, int layers, int threads);
+// The plan of each of them.
+Plan plan_in_wave(const Sizes& sizes, const Machine& machine, int threads);
 
 // Part `index` of `parts` nearly equal parts of 0..count: its first and past-the-last element.
 inline std::pair<int64_t, int64_t> share(int64_t count, int64_t parts, int64_t index) {

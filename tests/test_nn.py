@@ -789,6 +789,52 @@ def test_a_ragged_batch_is_its_sequences(restore_threads):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+STACKS = {
+    "two layers": {"num_layers": 2},
+    "five": {"num_layers": 5, "bias": False},
+    "projections": {"num_layers": 3, "proj_size": 4},
+    "two directions": {"num_layers": 3, "bidirectional": True, "batch_first": True},
+    "all": {"num_layers": 2, "bidirectional": True, "proj_size": 3},
+    "dropout": {"num_layers": 2, "dropout": 0.5},
+}
+
+
+@pytest.mark.parametrize("options", STACKS.values(), ids=STACKS)
+@pytest.mark.parametrize("kind", ["dense", "no batch", "packed"])
+@pytest.mark.parametrize("with_state", [False, True])
+@every_dtype
+def test_layers_at_once(options, kind, with_state, dtype, restore_threads, monkeypatch):
+    """Without gradients one call runs all layers: the bits of one layer after the other."""
+    module = fastlstm.nn.LSTM(7, 18, dtype=dtype, **options).eval()
+    steps, batch = 100, 2
+    slots = module.num_layers * (2 if module.bidirectional else 1)
+    x = leaf(steps, 7, dtype=dtype) if kind == "no batch" else leaf(batch, steps, 7, dtype=dtype)
+    if kind == "packed":
+        x = rnn.pack_padded_sequence(x.detach(), [60, 100], True, enforce_sorted=False)
+    elif not module.batch_first and kind == "dense":
+        x = x.transpose(0, 1)
+    one = () if kind == "no batch" else (batch,)
+    sizes = (module.proj_size or 18, 18)
+    state = tuple(leaf(slots, *one, n, dtype=dtype, seed=n) for n in sizes) if with_state else None
+    expected = flatten(module(x, state))
+    calls = []
+    forward = fastlstm._core.forward
+    monkeypatch.setattr(
+        fastlstm.nn._core, "forward", lambda *args: calls.append(1) or forward(*args)
+    )
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        with torch.no_grad():
+            found = flatten(module(x, state))
+        for mine, right in zip(found, expected, strict=True):
+            assert torch.equal(mine, right)
+    assert len(calls) == 4
+    module.train()
+    with torch.no_grad():
+        module(x, state)
+    assert len(calls) == (6 if module.dropout else 5)  # dropout comes between
+
+
 @pytest.mark.parametrize("sizes", [[2, 3], [3, 0], [3, 1], [5, 1, -1], [6, 6]], ids=str)
 def test_packed_sequences_made_by_hand(sizes):
     packed = rnn.PackedSequence(torch.zeros(5, D), torch.tensor(sizes, dtype=torch.int64))

@@ -16,6 +16,7 @@ PLAN_ARGS = {
     "threads": st.integers(1, 512),
     "itemsize": st.sampled_from([4, 8]),
     "backward": st.booleans(),
+    "layers": st.integers(1, 20),
 }
 
 
@@ -30,6 +31,7 @@ def test_the_split_is_legal(**args):
     assert plan["row_groups"] <= max(args["N"], 1)
     assert plan["panel_groups"] <= args["H"]
     assert 1 <= plan["block"] <= args["T"]
+    assert 1 <= plan["layers_at_once"] <= min(args["layers"], args["threads"])
 
 
 @given(**PLAN_ARGS)
@@ -41,6 +43,21 @@ def test_the_plan_is_pure(**args):
 def test_one_thread_is_never_split(**args):
     plan = _core.plan(**args)
     assert (plan["row_groups"], plan["panel_groups"], plan["threads"]) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "layers", "at_once"),
+    [
+        ((1, 1, 64, 64), 2, 1),  # nothing to run ahead on
+        ((1000, 1, 64, 64), 1, 1),
+        ((1000, 1, 64, 64), 2, 2),  # the steps are too small to be split
+        ((1000, 1, 64, 64), 5, 2),
+        ((1000, 64, 64, 64), 2, 1),  # splitting the batch is as good
+        ((1000, 1, 512, 512), 2, 1),  # each thread would read all weights of a layer
+    ],
+)
+def test_which_layers_run_at_the_same_time(isa, sizes, layers, at_once):
+    assert _core.plan(*sizes, 2, 4, False, layers)["layers_at_once"] == at_once
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])

@@ -82,6 +82,39 @@ def test_same_bits_with_two_directions(dtype, sizes):
             assert actual.tobytes() == array.tobytes()
 
 
+# (T, N, D, H, layers)
+STACKS = [(300, 1, 8, 24, 2), (300, 1, 70, 24, 3), (60, 3, 20, 40, 5), (1, 1, 9, 33, 2)]
+
+
+def test_the_stacks_reach_every_plan():
+    plans = {
+        _core.plan(T, N, H, H, threads, itemsize, False, layers)["layers_at_once"]
+        for T, N, _, H, layers in STACKS
+        for threads in THREADS
+        for itemsize in (4, 8)
+    }
+    assert plans >= {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("T, N, D, H, layers", STACKS)
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_same_bits_of_layers_at_once(isa, dtype, T, N, D, H, layers, bidirectional):
+    """As of one layer after the other, which is how a tape is kept."""
+    rnn = fastlstm.LSTM(D, H, layers, bidirectional=bidirectional, dtype=dtype, rng=0)
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((T, N, D)).astype(dtype)
+    slots = layers * (1 + bidirectional)
+    state = tuple(rng.standard_normal((slots, N, H)).astype(dtype) for _ in "hc")
+    fastlstm.set_num_threads(1)
+    y, last, _ = rnn.forward(x, state)
+    for threads in THREADS:
+        fastlstm.set_num_threads(threads)
+        for _ in range(3):
+            found, state_n = rnn(x, state)
+            for actual, array in zip((found, *state_n), (y, *last), strict=True):
+                assert actual.tobytes() == array.tobytes()
+
+
 @pytest.mark.parametrize("sizes", SIZES, ids=SIZE_IDS)
 def test_same_bits_from_run_to_run(isa, dtype, sizes):
     p = make_problem(*sizes, dtype)
@@ -179,8 +212,8 @@ import fastlstm
 fastlstm.set_num_threads(2)
 rng = np.random.default_rng(0)
 cases = []
-for T, N, D, H in [(20, 64, 128, 128), (20, 1, 128, 512)]:
-    rnn = fastlstm.LSTM(D, H, rng=0)
+for T, N, D, H, layers in [(20, 64, 128, 128, 1), (20, 1, 128, 512, 1), (300, 1, 8, 24, 2)]:
+    rnn = fastlstm.LSTM(D, H, layers, rng=0)
     cases.append((rnn, rng.standard_normal((T, N, D), np.float32)))
 
 def compute():
@@ -188,7 +221,7 @@ def compute():
     for rnn, x in cases:
         y, (h, c), tape = rnn.forward(x)
         grads = rnn.backward(tape, y, (h, c))
-        parts += [y, h, c, grads.x, *grads.weights.values()]
+        parts += [y, h, c, grads.x, *grads.weights.values(), rnn(x)[0]]
     return b"".join(a.tobytes() for a in parts)
 
 def forked(f):

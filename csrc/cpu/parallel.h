@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -42,8 +43,25 @@ class FlushDenormals {
   FlushDenormals& operator=(const FlushDenormals&) = delete;
 };
 
-// For `count` threads, again and again. Spins briefly, then yields: a barrier that only spins
-// collapses when another process wants the core.
+// Waits until `met()`. Spins briefly, then yields: threads that only spin collapse when another
+// process wants the core.
+template <class Met>
+void wait_until(Met&& met) {
+  constexpr int kSpins = 2000;  // some 20 to 100 us, longer than a step's imbalance
+  for (int spins = 0; !met(); ++spins) {
+    if (spins < kSpins) {
+#if defined(__SSE2__)
+      _mm_pause();
+#elif defined(__aarch64__)
+      __asm__ volatile("yield");
+#endif
+    } else {
+      sched_yield();
+    }
+  }
+}
+
+// For `count` threads, again and again.
 class Barrier {
  public:
   void wait(int count) {
@@ -54,23 +72,32 @@ class Barrier {
       turn_.store(turn + 1, std::memory_order_release);
       return;
     }
-    for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins) {
-      if (spins < kSpins) {
-#if defined(__SSE2__)
-        _mm_pause();
-#elif defined(__aarch64__)
-        __asm__ volatile("yield");
-#endif
-      } else {
-        sched_yield();
-      }
-    }
+    wait_until([&] { return turn_.load(std::memory_order_acquire) != turn; });
   }
 
  private:
-  static constexpr int kSpins = 2000;  // some 20 to 100 us, longer than a step's imbalance
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<unsigned> turn_{0};
+};
+
+// How many steps each of some groups of threads has done.
+class Progress {
+ public:
+  explicit Progress(int groups) : done_(size_t(groups)) {}
+  void reached(int group, int64_t steps) {
+    done_[size_t(group)].steps.store(steps, std::memory_order_release);
+  }
+  // Until all have done so many.
+  void wait(int64_t steps) const {
+    for (const Group& group : done_)
+      wait_until([&] { return group.steps.load(std::memory_order_acquire) >= steps; });
+  }
+
+ private:
+  struct alignas(64) Group {
+    std::atomic<int64_t> steps{0};
+  };
+  std::vector<Group> done_;
 };
 
 // libgomp's threads do not survive fork() and starting new ones in the child hangs, so a forked

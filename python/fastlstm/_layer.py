@@ -82,7 +82,8 @@ def run_forward(
     """Run the directions of a layer on checked arguments, as the kernels read them.
 
     x (T, N, D) and y (T, N, directions*H) with rows; h0, c0, h_n, c_n (directions, N, H) packed;
-    four weights for each direction.
+    four weights for each direction. Without a tape also several layers, one after the other in the
+    weights and states.
     """
     tape = LayerTape(x, weights, h0, c0, y, len(h_n), reverse) if need_tape else None
     gates, cells = (None, None) if tape is None else (tape._gates, tape._cells)

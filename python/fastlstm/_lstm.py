@@ -209,30 +209,34 @@ class LSTM:
         h0 = c0 = None
         if state is not None:
             h0, c0 = (part.reshape(count, N, H) for part in state)
-        per_layer = len(weights) // layers
+        if self.batch_first:
+            y = np.empty((N, T, directions * H), dtype).transpose(1, 0, 2)
+        else:
+            y = np.empty((T, N, directions * H), dtype)
         tapes: list[LayerTape] = []
-        for layer in range(layers):
-            if self.batch_first and layer == layers - 1:
-                y = np.empty((N, T, directions * H), dtype).transpose(1, 0, 2)
-            else:
-                y = np.empty((T, N, directions * H), dtype)
-            own = slice(layer * directions, (layer + 1) * directions)
-            tape = run_forward(
-                x,
-                weights[layer * per_layer : (layer + 1) * per_layer],
-                None if h0 is None else h0[own],
-                None if c0 is None else c0[own],
-                y,
-                h_n[own],
-                c_n[own],
-                need_tape,
-            )
-            if tape is not None:
+        if not need_tape:
+            run_forward(x, weights, h0, c0, y, h_n, c_n, False)
+        else:
+            per_layer = len(weights) // layers
+            for layer in range(layers):
+                last = layer == layers - 1
+                own = slice(layer * directions, (layer + 1) * directions)
+                tape = run_forward(
+                    x,
+                    weights[layer * per_layer : (layer + 1) * per_layer],
+                    None if h0 is None else h0[own],
+                    None if c0 is None else c0[own],
+                    y if last else np.empty((T, N, directions * H), dtype),
+                    h_n[own],
+                    c_n[own],
+                    True,
+                )
+                assert tape is not None
                 tapes.append(tape)
-            x = y
+                x = tape._y
         if not batched:
-            return x[:, 0], (h_n[:, 0], c_n[:, 0]), tapes
-        return x.transpose(1, 0, 2) if self.batch_first else x, (h_n, c_n), tapes
+            return y[:, 0], (h_n[:, 0], c_n[:, 0]), tapes
+        return y.transpose(1, 0, 2) if self.batch_first else y, (h_n, c_n), tapes
 
     def _checked(self, x: Any, state: Any) -> tuple[Array, State | None, list[Any]]:
         """Check everything, and return it as the kernels read it: packed where it was not."""

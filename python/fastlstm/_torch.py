@@ -45,13 +45,15 @@ def run_forward(
     directions: int,
     batch_sizes: Sequence[int],
     keep: bool,
+    layers: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Kept]:
     """Run one layer on x (T, N, D), h0 (directions, N, P) and c0 (directions, N, H).
 
     A state of None is zeros; the weights stand one direction after the other; P is H without a
     projection. Where `batch_sizes` is not empty the batch is ragged: (rows,) stands for (T, N).
     Returns y (T, N, directions*P), h_n, c_n, and with `keep` gates (directions, T, N, 4H), cells
-    and, with a projection, h before it (directions, T, N, H).
+    and, with a projection, h before it (directions, T, N, H). Several `layers`, of which nothing is
+    kept, run in one call on the CPU; weights and states stand one layer after the other.
     """
     if x.is_cuda:
         from . import _cuda_layer
@@ -61,14 +63,19 @@ def run_forward(
         args = x, h0, c0, weights, directions, batch_sizes, keep
         in_half: tuple[Tensor, Tensor, Tensor, Kept] = in_float32(run_forward, x.dtype, *args)
         return in_half
-    y, h_n, c_n, kept = new_results(x, weights, directions, batch_sizes, keep)
+    y, h_n, c_n, kept = new_results(x, weights, directions, batch_sizes, keep, layers)
     threads = torch.get_num_threads()
     _core.forward(x, h0, c0, weights, y, h_n, c_n, *kept, batch_sizes, False, threads)
     return y, h_n, c_n, kept
 
 
 def new_results(
-    x: Tensor, weights: list[Tensor], directions: int, batch_sizes: Sequence[int], keep: bool
+    x: Tensor,
+    weights: list[Tensor],
+    directions: int,
+    batch_sizes: Sequence[int],
+    keep: bool,
+    layers: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Kept]:
     """Return memory for what :func:`run_forward` returns."""
     *time, _ = x.shape
@@ -77,8 +84,8 @@ def new_results(
     H = four_h // 4
     projects = len(weights) // directions % 2 == 1
     y = x.new_empty(*time, directions * P)
-    h_n = x.new_empty(directions, N, P)
-    c_n = x.new_empty(directions, N, H)
+    h_n = x.new_empty(layers * directions, N, P)
+    c_n = x.new_empty(layers * directions, N, H)
     gates = x.new_empty(directions, *time, 4 * H) if keep else None
     cells = x.new_empty(directions, *time, H) if keep else None
     raw = x.new_empty(directions, *time, H) if keep and projects else None
@@ -217,12 +224,16 @@ def run_layer(
     c0: Tensor | None,
     weights: list[Tensor],
     batch_sizes: Sequence[int] = (),
+    layers: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run a layer, with a node of the autograd graph where one is wanted: y, h_n, c_n."""
+    """Run a layer, with a node of the autograd graph where one is wanted: y, h_n, c_n.
+
+    Several `layers` run at once where no gradient is wanted.
+    """
     if wants_grad(x, h0, c0, weights):
         result: Any = Layer.apply(directions, batch_sizes, x, h0, c0, *weights)  # type: ignore[no-untyped-call]
         return result  # type: ignore[no-any-return]
-    return run_forward(x, h0, c0, weights, directions, batch_sizes, keep=False)[:3]
+    return run_forward(x, h0, c0, weights, directions, batch_sizes, False, layers)[:3]
 
 
 class Step(torch.autograd.Function):

@@ -136,13 +136,16 @@ class LSTM(torch.nn.LSTM):
                     run = _transforms.run_layer
             x, hx, weights = packed
 
+        at_once = run is run_layer and self._runs_at_once(x, hx, weights)
+        if at_once:
+            run = partial(run, layers=self.num_layers)
         if not ragged:
-            y, (h, c) = self._run(x, hx, weights, run)
+            y, (h, c) = self._run(x, hx, weights, run, at_once)
         else:
             if hx is not None:
                 hx = self.permute_hidden(hx, input.sorted_indices)
-            layer = partial(run, batch_sizes=batch_sizes)
-            data, h, c = self._layers(x, hx, weights, layer)
+            run = partial(run, batch_sizes=batch_sizes)
+            data, h, c = self._layers(x, hx, weights, run, at_once)
             y = PackedSequence(
                 data, input.batch_sizes, input.sorted_indices, input.unsorted_indices
             )
@@ -158,7 +161,18 @@ class LSTM(torch.nn.LSTM):
         self._weights_have_changed()  # type: ignore[no-untyped-call]
         return [getattr(self, n) if hasattr(self, n) else None for n in names]
 
-    def _run(self, x: Any, hx: Any, weights: list[Any], layer: Any) -> Any:
+    def _runs_at_once(self, x: Tensor, hx: Any, weights: list[Any]) -> bool:
+        """Return whether one call runs several layers: where nothing is done or kept between them.
+
+        Half precision rounds there.
+        """
+        if self.num_layers == 1 or (self.dropout and self.training):
+            return False
+        h0, c0 = hx or (None, None)
+        plain = x.is_cpu and x.dtype not in _tensors.HALF
+        return plain and not wants_grad(x, h0, c0, weights)
+
+    def _run(self, x: Any, hx: Any, weights: list[Any], layer: Any, at_once: bool = False) -> Any:
         """Run a dense batch, or no batch, in the layout that the caller has."""
         batched = x.dim() == 3
         if not batched:
@@ -166,17 +180,17 @@ class LSTM(torch.nn.LSTM):
             hx = None if hx is None else [state.unsqueeze(1) for state in hx]
         elif self.batch_first:
             x = x.transpose(0, 1)
-        y, h, c = self._layers(x, hx, weights, layer)
+        y, h, c = self._layers(x, hx, weights, layer, at_once)
         if not batched:
             return y.squeeze(1), (h.squeeze(1), c.squeeze(1))
         return y.transpose(0, 1) if self.batch_first else y, (h, c)
 
     def _layers(
-        self, x: Tensor, hx: Any, weights: list[Tensor], layer: Any
+        self, x: Tensor, hx: Any, weights: list[Tensor], layer: Any, at_once: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         directions = 2 if self.bidirectional else 1
         h0, c0 = hx or (None, None)
-        if self.num_layers == 1:
+        if self.num_layers == 1 or at_once:
             result: tuple[Tensor, Tensor, Tensor] = layer(directions, x, h0, c0, weights)
             return result
         per_layer = len(weights) // self.num_layers
