@@ -8,21 +8,17 @@ python benchmarks/beyond.py --parts memory growth --plot growth.png
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import beyond_report
+import cli
 import machine
-from compare import command
 from crowded import crowded
 from measure import Row, active_isa
 from memory import growth, memory
-from parts import Plan, cell, eager, first, projection, ragged, scaling
+from parts import Plan, cell, eager, first, projection, ragged, scaling, stacked
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -38,6 +34,7 @@ PARTS = {
     "cell": Part(cell),
     "ragged": Part(ragged),
     "projection": Part(projection),
+    "stacked": Part(stacked),
     "memory": Part(memory),
     "growth": Part(growth),
     "first": Part(first),
@@ -47,24 +44,20 @@ PARTS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = cli.parser(__doc__)
     add = made.add_argument
     add("--parts", nargs="+", choices=PARTS, help="default: all that this machine can run")
     add("--seconds", type=float, default=1.0, help="for each row that is timed in turns")
     add("--rounds", type=int, default=3, help="at least so many, even past --seconds (default: 3)")
     add("--quick", action="store_true", help="few cases, --seconds 0.2 --rounds 2")
-    add("--json", type=Path, metavar="PATH", help="write everything, raw samples too")
-    add("--plot", type=Path, metavar="PATH", help="write a picture of growth (.png, .svg, .pdf)")
-    add("--results", type=Path, metavar="PATH", help="write the tables as markdown")
+    cli.add_outputs(made, "a picture of growth")
     return made
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     made = parser()
     args = made.parse_args(arguments)
-    args.command = command(made, args, "benchmarks/beyond.py")
+    args.command = cli.command(made, args, "benchmarks/beyond.py")
     if args.rounds < 1 or args.seconds < 0:
         made.error("--rounds must be at least 1, --seconds at least 0")
     if args.quick:
@@ -81,18 +74,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    data: dict[str, Any] = {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": args.command,
-        "machine": machine.describe(),
-        "versions": machine.versions(),
-        "isa": active_isa(),
-        "settings": {
-            "dtype": "float32",
-            **{key: getattr(args, key) for key in ("parts", "seconds", "rounds", "quick")},
-        },
-        "rows": [],
-    }
+    data = cli.head(args, ("parts", "seconds", "rounds", "quick"))
+    data["settings"]["dtype"] = "float32"
+    data["isa"] = active_isa()
     columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("")
@@ -108,18 +92,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     args = parse()
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    data = run(args)
-    beyond_report.print_report(data, console)
-    if args.json:
-        args.json.write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
-    if args.plot:
-        beyond_report.draw(data, args.plot)
-    if args.results:
-        beyond_report.write_markdown(data, args.results, args.plot)
-    for path in (args.json, args.plot, args.results):
-        if path:
-            print(f"wrote {path}", file=sys.stderr)
+    cli.write(run(args), args, beyond_report)
 
 
 if __name__ == "__main__":

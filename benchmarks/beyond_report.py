@@ -46,6 +46,9 @@ fastlstm, nn.LSTM, and fastlstm on the same sequences padded to 200 steps. Packi
 times.""",
     "projection": """\
 `proj_size=P`: h has P columns.""",
+    "stacked": """\
+Several layers. In inference one call runs them all; with two threads each of two layers may have
+its own, the upper one a few steps behind.""",
     "cell": """\
 `LSTMCell` called 100 times from a Python loop; training adds the backward of the sum of all h. The
 time is that of one of the steps.""",
@@ -140,6 +143,10 @@ def ragged_sheet(rows: list[Row]) -> Sheet:
 
 def projection_sheet(rows: list[Row]) -> Sheet:
     return threads_sheet(rows, "Projections", {OURS: "fastlstm", "torch": "nn.LSTM"})
+
+
+def stacked_sheet(rows: list[Row]) -> Sheet:
+    return threads_sheet(rows, "Stacked layers", {OURS: "fastlstm", "torch": "nn.LSTM"})
 
 
 def threads_sheet(
@@ -269,6 +276,7 @@ SHEETS = {
     "cell": cell_sheet,
     "ragged": ragged_sheet,
     "projection": projection_sheet,
+    "stacked": stacked_sheet,
     "memory": memory_sheet,
     "growth": growth_sheet,
     "first": first_sheet,

@@ -9,13 +9,10 @@ python benchmarks/compare.py --device cuda       on a GPU: its own cases, peers 
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import sys
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
+import cli
 import machine
 import report
 from cases import CASES, GROUPS, Case
@@ -28,9 +25,7 @@ MODES = ["inference", "training"]
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = cli.parser(__doc__)
     add = made.add_argument
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--cases", nargs="+", metavar="CASE", help="groups, or T×N×D×H (default: all)")
@@ -46,16 +41,14 @@ def parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, default=4.0, help="for each case, mode and thread count")
     add("--rounds", type=int, default=5, help="at least so many, even past --seconds (default: 5)")
     add("--quick", action="store_true", help="one case of each group, --seconds 0.5 --rounds 3")
-    add("--json", type=Path, metavar="PATH", help="write everything, raw samples too")
-    add("--plot", type=Path, metavar="PATH", help="write a picture (.png, .svg, .pdf)")
-    add("--results", type=Path, metavar="PATH", help="write the tables as markdown")
+    cli.add_outputs(made)
     return made
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     made = parser()
     args = made.parse_args(arguments)
-    args.command = command(made, args, "benchmarks/compare.py")
+    args.command = cli.command(made, args, "benchmarks/compare.py")
     cpus = len(machine.available_cpus())
     for threads in args.threads:
         if not 1 <= threads <= cpus:
@@ -76,19 +69,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def command(made: argparse.ArgumentParser, args: argparse.Namespace, script: str) -> str:
-    """What to type for the same numbers: the options that were given, without those for output."""
-    words = ["python", script]
-    for action in made._actions:
-        value = getattr(args, action.dest, None)
-        if action.dest in ("json", "plot", "results") or value in (None, action.default):
-            continue
-        words.append(action.option_strings[-1])
-        if value is not True:
-            words += map(str, value if isinstance(value, list) else [value])
-    return shlex.join(words)
-
-
 def select(names: list[str] | None, quick: bool) -> list[Case]:
     if names is None:
         if not quick:
@@ -105,17 +85,7 @@ def select(names: list[str] | None, quick: bool) -> list[Case]:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure everything, each thread count in a process of its own."""
-    data: dict[str, Any] = {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": args.command,
-        "machine": machine.describe(),
-        "versions": machine.versions(),
-        "settings": {
-            key: getattr(args, key)
-            for key in ("modes", "threads", "dtype", "peers", "seconds", "rounds")
-        },
-        "rows": [],
-    }
+    data = cli.head(args, ("modes", "threads", "dtype", "peers", "seconds", "rounds"))
     columns = [
         TextColumn("{task.description}"),
         BarColumn(),
@@ -155,18 +125,7 @@ def main() -> None:
 
         sys.exit(gpu.main())
     args = parse()
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    data = run(args)
-    report.print_report(data, console)
-    if args.json:
-        args.json.write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
-    if args.plot:
-        report.draw(data, args.plot)
-    if args.results:
-        report.write_markdown(data, args.results, args.plot)
-    for path in (args.json, args.plot, args.results):
-        if path:
-            print(f"wrote {path}", file=sys.stderr)
+    cli.write(run(args), args, report)
 
 
 if __name__ == "__main__":

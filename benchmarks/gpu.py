@@ -8,19 +8,15 @@ python benchmarks/gpu.py --device cpu                            a dry run of th
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
 from dataclasses import replace
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
+import cli
 import gpu_report
-import machine
 from cases import DRY_CASES, GPU_CASES, Case
-from compare import command
 from gpu_measure import MODES, Job, describe, measure, summarise
 from gpu_peers import GPU_PEERS, PRECISIONS
 from gpu_worker import Lost, Worker
@@ -32,9 +28,7 @@ NEEDED = (OURS, "torch")  # without them there is nothing to compare
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = cli.parser(__doc__)
     add = made.add_argument
     add("--device", choices=["cuda", "cpu"], required=True, help="cpu: a dry run, tiny cases")
     add("--cases", nargs="+", metavar="T×N×D×H", help="default: all")
@@ -46,9 +40,7 @@ def parser() -> argparse.ArgumentParser:
     add("--within", type=float, default=480.0, metavar="SECONDS", help="for everything together")
     add("--limit", type=float, default=60.0, metavar="SECONDS", help="for a case; a hang ends so")
     add("--l2", choices=["warm", "cold"], default="warm", help="cold: cleared before every call")
-    add("--json", type=Path, metavar="PATH", help="write everything, raw samples too")
-    add("--plot", type=Path, metavar="PATH", help="write a picture (.png, .svg, .pdf)")
-    add("--results", type=Path, metavar="PATH", help="write the tables as markdown")
+    cli.add_outputs(made)
     return made
 
 
@@ -56,7 +48,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     made = parser()
     args = made.parse_args(arguments)
     script = "benchmarks/compare.py" if args.device == "cuda" else "benchmarks/gpu.py"
-    args.command = command(made, args, script)
+    args.command = cli.command(made, args, script)
     if args.rounds < 1 or min(args.seconds, args.within, args.limit) <= 0:
         made.error("--rounds must be at least 1; --seconds, --within and --limit above 0")
     try:
@@ -88,18 +80,8 @@ def select(
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure everything in one process, in a new one after a crash or a hang."""
-    data: dict[str, Any] = {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": args.command,
-        "machine": machine.describe(),
-        "versions": machine.versions(),
-        "settings": {
-            key: getattr(args, key)
-            for key in ("device", "modes", "peers", "seconds", "rounds", "within", "l2")
-        },
-        "rows": [],
-        "failures": [],
-    }
+    data = cli.head(args, ("device", "modes", "peers", "seconds", "rounds", "within", "l2"))
+    data["failures"] = []
     end = time.monotonic() + args.within
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or each profile() would report itself
     worker = Worker()
@@ -185,16 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     """0, or 1 if something that should have been measured was not."""
     args = parse(arguments)
     data = run(args)
-    if args.json:
-        args.json.write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
-    gpu_report.print_report(data, Console(width=None if sys.stdout.isatty() else 150))
-    if args.plot and data["rows"]:
-        gpu_report.draw(data, args.plot)
-    if args.results:
-        gpu_report.write_markdown(data, args.results, args.plot)
-    for path in (args.json, args.plot, args.results):
-        if path and path.exists():
-            print(f"wrote {path}", file=sys.stderr)
+    cli.write(data, args, gpu_report, width=150)
     return 1 if data["failures"] else 0
 
 

@@ -192,12 +192,20 @@ def eager(plan: Plan) -> list[Row]:
     return rows
 
 
-# ragged: sequences of many lengths; projection
+# ragged: sequences of many lengths; projection; stacked: several layers
 
 RAGGED = [Case("ragged", 200, 64, H, H, shortest=20) for H in (128, 256)]
 PROJECTED = [
     Case("projection", 100, 16, 128, 512, proj_size=128),
     Case("projection", 50, 64, 256, 1024, proj_size=256),
+]
+STACKED = [
+    Case("stacked", 1, 1, 64, 64, num_layers=2),
+    Case("stacked", 100, 1, 64, 64, num_layers=2),
+    Case("stacked", 1000, 1, 64, 64, num_layers=4),
+    Case("stacked", 1000, 1, 128, 128, num_layers=2),
+    Case("stacked", 100, 1, 256, 256, num_layers=2),
+    Case("stacked", 100, 32, 128, 128, num_layers=2),
 ]
 
 
@@ -224,6 +232,10 @@ def ragged(plan: Plan) -> list[Row]:
 
 def projection(plan: Plan) -> list[Row]:
     return in_workers(PROJECTED[:1] if plan.quick else PROJECTED, module_row, plan)
+
+
+def stacked(plan: Plan) -> list[Row]:
+    return in_workers(STACKED[1:2] if plan.quick else STACKED, module_row, plan)
 
 
 # cell: steps of an LSTMCell in a Python loop

@@ -56,6 +56,11 @@ def test_projection():
     assert row["label"] == "3×2×4×6 P=2" and list(row["peers"]) == [OURS, "torch"]
 
 
+def test_stacked():
+    row = parts.module_row(Case("stacked", 3, 2, 4, 6, num_layers=2), "inference", SETTINGS)
+    assert row["label"] == "3×2×4×6 2 layers" and list(row["peers"]) == [OURS, "torch"]
+
+
 @pytest.mark.parametrize("mode", parts.MODES)
 def test_a_padded_batch_that_differs_is_an_error(mode, monkeypatch):
     right = parts.padded
