@@ -183,6 +183,42 @@ class ForwardPass {
   std::vector<Barrier> row_group_;
 };
 
+// Gives each layer but the last memory for its output, which is the input of the next. Where
+// `at_once` of them run, they need one output each and that of the layer below.
+template <class T>
+std::vector<std::unique_ptr<T[]>> connect(Forward<T>* passes, int layers, int directions,
+                                          int at_once) {
+  const Forward<T>& in = *passes;
+  const int64_t batch = in.sizes.batch, width = directions * in.sizes.output;
+  const int64_t count = Active(in).total(0, in.sizes.steps) * width;
+  std::vector<std::unique_ptr<T[]>> between(size_t(std::min(layers - 1, at_once + 1)));
+  for (auto& memory : between) {
+    memory.reset(new T[size_t(count)]);
+    prefer_huge_pages(memory.get(), count * int64_t(sizeof(T)));
+  }
+  for (int k = 0; k < (layers - 1) * directions; ++k) {
+    T* memory = between[size_t(k / directions) % between.size()].get();
+    T* own = memory + k % directions * in.sizes.output;
+    passes[k].y = {own, batch * width, width, batch};
+    passes[k + directions].x = {memory, batch * width, width, batch};
+  }
+  return between;
+}
+
+// Runs layers at the same time, each some steps behind the one below it. False, with nothing run,
+// where so many threads are not to be had.
+template <class T, class PlanOf>
+bool run_in_wave(Forward<T>* layers, int count, const Kernels<T>& kernel, PlanOf&& plan_of) {
+  std::deque<Progress> progress;
+  for (int k = 0; k < count; ++k) {
+    layers[k].below = k ? &progress.back() : nullptr;
+    layers[k].done = &progress.emplace_back(plan_of(k).row_groups);
+  }
+  if (run_together<ForwardPass<T>>(layers, count, kernel, plan_of)) return true;
+  for (int k = 0; k < count; ++k) layers[k].below = layers[k].done = nullptr;
+  return false;
+}
+
 }  // namespace
 
 template <class T>
@@ -196,46 +232,20 @@ void forward(Forward<T>* passes, int layers, int directions, int threads) {
     if (in.ragged.rows) plan.input_in_step = true;
     return plan;
   };
-  const Forward<T>& last = passes[layers * directions - 1];
-  const int at_once = directions == 1 ? layers_at_once(last.sizes, machine, layers, threads) : 1;
+  const Sizes& upper = passes[(layers - 1) * directions].sizes;  // as of all but the first
+  const int at_once = directions == 1 ? layers_at_once(upper, machine, layers, threads) : 1;
+  const auto between = connect(passes, layers, directions, at_once);
 
-  // One output for each layer that runs, one for the layer below them.
-  const int64_t rows = Active(last).total(0, last.sizes.steps);
-  const int64_t columns = directions * last.sizes.output;
-  std::vector<std::unique_ptr<T[]>> between(size_t(std::min(layers - 1, at_once + 1)));
-  for (auto& memory : between) {
-    memory.reset(new T[size_t(rows * columns)]);
-    prefer_huge_pages(memory.get(), rows * columns * int64_t(sizeof(T)));
-  }
-  for (int k = 0; k < layers - 1; ++k) {
-    T* memory = between[size_t(k) % between.size()].get();
-    for (int d = 0; d < directions; ++d) {
-      Forward<T>&lower = passes[k * directions + d], &upper = passes[(k + 1) * directions + d];
-      const int64_t batch = lower.sizes.batch;
-      lower.y = {memory + d * lower.sizes.output, batch * columns, columns, batch};
-      upper.x = {memory, batch * columns, columns, batch};
-    }
-  }
-
-  const int each = threads / at_once;
-  for (int first = 0; first < layers; first += at_once) {
-    Forward<T>* run = passes + first * directions;
-    const int count = std::min(at_once, layers - first);
-    if (count > 1) {
-      std::deque<Progress> progress;
-      for (int k = 0; k < count; ++k) {
-        run[k].below = k ? &progress.back() : nullptr;
-        run[k].done = &progress.emplace_back(make_plan(plan_in_wave, run[k], each).row_groups);
-      }
-      if (run_together<ForwardPass<T>>(
-              run, count, kernel, [&](int k) { return make_plan(plan_in_wave, run[k], each); }))
-        continue;
-      for (int k = 0; k < count; ++k) run[k].below = run[k].done = nullptr;
-    }
-    for (int k = 0; k < count; ++k)
-      run_directions<ForwardPass<T>>(
-          run + k * directions, directions, threads, kernel,
-          [&](int most) { return make_plan(plan_forward, run[k * directions], most); });
+  for (int layer = 0; layer < layers; layer += at_once) {
+    Forward<T>* run = passes + layer * directions;
+    const int count = std::min(at_once, layers - layer);
+    if (count > 1 && run_in_wave(run, count, kernel, [&](int k) {
+          return make_plan(plan_in_wave, run[k], threads / at_once);
+        }))
+      continue;
+    for (int k = 0; k < count; ++k, run += directions)
+      run_directions<ForwardPass<T>>(run, directions, threads, kernel,
+                                     [&](int most) { return make_plan(plan_forward, *run, most); });
   }
 }
 
