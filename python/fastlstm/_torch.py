@@ -224,15 +224,24 @@ def run_layer(
     c0: Tensor | None,
     weights: list[Tensor],
     batch_sizes: Sequence[int] = (),
-    layers: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run a layer, with a node of the autograd graph where one is wanted: y, h_n, c_n.
-
-    Several `layers` run at once where no gradient is wanted.
-    """
+    """Run a layer, with a node of the autograd graph where one is wanted: y, h_n, c_n."""
     if wants_grad(x, h0, c0, weights):
         result: Any = Layer.apply(directions, batch_sizes, x, h0, c0, *weights)  # type: ignore[no-untyped-call]
         return result  # type: ignore[no-any-return]
+    return run_forward(x, h0, c0, weights, directions, batch_sizes, keep=False)[:3]
+
+
+def run_layers(
+    layers: int,
+    directions: int,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    batch_sizes: Sequence[int] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run several layers on the CPU, where no gradient is wanted: y, h_n, c_n."""
     return run_forward(x, h0, c0, weights, directions, batch_sizes, False, layers)[:3]
 
 

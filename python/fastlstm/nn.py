@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _core, _cuda_layer, _dynamo, _ops, _tensors, _transforms
-from ._torch import Step, run_layer, run_step, wants_grad
+from ._torch import Step, run_layer, run_layers, run_step, wants_grad
 
 __all__ = ["LSTM", "LSTMCell", "convert", "explain", "revert"]
 
@@ -138,7 +138,7 @@ class LSTM(torch.nn.LSTM):
 
         at_once = run is run_layer and self._runs_at_once(x, hx, weights)
         if at_once:
-            run = partial(run, layers=self.num_layers)
+            run = partial(run_layers, self.num_layers)
         if not ragged:
             y, (h, c) = self._run(x, hx, weights, run, at_once)
         else:
@@ -164,7 +164,7 @@ class LSTM(torch.nn.LSTM):
     def _runs_at_once(self, x: Tensor, hx: Any, weights: list[Any]) -> bool:
         """Return whether one call runs several layers: where nothing is done or kept between them.
 
-        Half precision rounds there.
+        Half precision is rounded there, as when training.
         """
         if self.num_layers == 1 or (self.dropout and self.training):
             return False
