@@ -45,8 +45,8 @@ Rows<T> rows(const Array& array, int64_t place = 0) {
 
 using Arrays = std::vector<Array>;
 
-// Sizes of a layer and, where the batch is ragged, its rows. x: (T, N, D), (N, D) for a cell, or
-// (rows, D) with `batch_sizes`, the rows at each time.
+// Sizes of the first layer and, where the batch is ragged, its rows. x: (T, N, D), (N, D) for a
+// cell, or (rows, D) with `batch_sizes`, the rows at each time.
 struct Shape {
   Sizes sizes;
   int64_t rows;                              // of an array over time
@@ -274,7 +274,7 @@ py::dict show_plan(int64_t T, int64_t N, int64_t D, int64_t H, int threads, int 
   shown["direct"] = plan.direct;
   shown["input_in_step"] = plan.input_in_step;
   shown["block"] = plan.block;
-  shown["layers_at_once"] = layers_at_once(sizes, machine(itemsize), layers, threads);
+  shown["layers_at_once"] = layers_at_once({T, N, H, H, H}, D, machine(itemsize), layers, threads);
   return shown;
 }
 

@@ -9,11 +9,19 @@
 namespace fastlstm {
 namespace {
 
+// A pass, and what tells its steps to the layer above and those of the layer below to it, where
+// these run at the same time.
+template <class T>
+struct Linked : Forward<T> {
+  explicit Linked(const Forward<T>& in) : Forward<T>(in) {}
+  const Progress* below = nullptr;
+  Progress* done = nullptr;
+};
+
 template <class T>
 class ForwardPass {
  public:
-  ForwardPass(const Forward<T>& in, const Plan& plan, const Kernels<T>& kernel,
-              Workspace* workspace)
+  ForwardPass(const Linked<T>& in, const Plan& plan, const Kernels<T>& kernel, Workspace* workspace)
       : in_(in),
         plan_(plan),
         kernel_(kernel),
@@ -46,7 +54,7 @@ class ForwardPass {
   // The part of thread `id` of threads().
   void work(int id) {
     const auto [steps, batch, input, hidden, output] = in_.sizes;
-    const Forward<T>& in = in_;
+    const Linked<T>& in = in_;
     const Plan& plan = plan_;
     const Kernels<T>& kernel = kernel_;
     const int64_t lanes = kernel.lanes;
@@ -129,8 +137,9 @@ class ForwardPass {
           if (count > 0) project(raw.block(0, n0, count), y.block(s, n0, count), count, member);
           row_group_[size_t(group)].wait(plan.panel_groups);
         }
-        if (in.done && member == 0) in.done->reached(group, s + 1);
       }
+      // Every layer has blocks of as many steps.
+      if (in.done && member == 0) in.done->reached(group, s0 + count);
     }
 
     // What the last step of each sequence left.
@@ -171,7 +180,7 @@ class ForwardPass {
                      h, in_.sizes.output, count);
   }
 
-  const Forward<T> in_;
+  const Linked<T> in_;
   const Plan plan_;
   const Kernels<T>& kernel_;
   InitialState<T> state_;
@@ -186,7 +195,7 @@ class ForwardPass {
 // Gives each layer but the last memory for its output, which is the input of the next. Where
 // `at_once` of them run, they need one output each and that of the layer below.
 template <class T>
-std::vector<std::unique_ptr<T[]>> connect(Forward<T>* passes, int layers, int directions,
+std::vector<std::unique_ptr<T[]>> connect(Linked<T>* passes, int layers, int directions,
                                           int at_once) {
   const Forward<T>& in = *passes;
   const int64_t batch = in.sizes.batch, width = directions * in.sizes.output;
@@ -208,22 +217,23 @@ std::vector<std::unique_ptr<T[]>> connect(Forward<T>* passes, int layers, int di
 // Runs layers at the same time, each some steps behind the one below it. False, with nothing run,
 // where so many threads are not to be had.
 template <class T, class PlanOf>
-bool run_in_wave(Forward<T>* layers, int count, const Kernels<T>& kernel, PlanOf&& plan_of) {
+bool run_in_wave(Linked<T>* layers, int count, const Kernels<T>& kernel, PlanOf&& plan_of) {
   std::deque<Progress> progress;
   for (int k = 0; k < count; ++k) {
     layers[k].below = k ? &progress.back() : nullptr;
     layers[k].done = &progress.emplace_back(plan_of(k).row_groups);
   }
-  if (run_together<ForwardPass<T>>(layers, count, kernel, plan_of)) return true;
+  const bool ran = run_together<ForwardPass<T>>(layers, count, kernel, plan_of);
   for (int k = 0; k < count; ++k) layers[k].below = layers[k].done = nullptr;
-  return false;
+  return ran;
 }
 
 }  // namespace
 
 template <class T>
-void forward(Forward<T>* passes, int layers, int directions, int threads) {
-  if (passes->sizes.batch == 0) return;
+void forward(const Forward<T>* given, int layers, int directions, int threads) {
+  const Sizes& first = given->sizes;
+  if (first.batch == 0) return;
   const Kernels<T>& kernel = kernels<T>();
   const Machine machine{kernel.lanes, sizeof(T)};
   const auto make_plan = [&](auto* plan_of, const Forward<T>& in, int most) {
@@ -232,15 +242,17 @@ void forward(Forward<T>* passes, int layers, int directions, int threads) {
     if (in.ragged.rows) plan.input_in_step = true;
     return plan;
   };
-  const Sizes& upper = passes[(layers - 1) * directions].sizes;  // as of all but the first
-  const int at_once = directions == 1 ? layers_at_once(upper, machine, layers, threads) : 1;
-  const auto between = connect(passes, layers, directions, at_once);
+  const Sizes& upper = given[(layers - 1) * directions].sizes;
+  const int at_once =
+      directions == 1 ? layers_at_once(upper, first.input, machine, layers, threads) : 1;
+  std::vector<Linked<T>> passes(given, given + layers * directions);
+  const auto between = connect(passes.data(), layers, directions, at_once);
 
   for (int layer = 0; layer < layers; layer += at_once) {
-    Forward<T>* run = passes + layer * directions;
+    Linked<T>* run = &passes[size_t(layer * directions)];
     const int count = std::min(at_once, layers - layer);
     if (count > 1 && run_in_wave(run, count, kernel, [&](int k) {
-          return make_plan(plan_in_wave, run[k], threads / at_once);
+          return make_plan(plan_in_wave, run[k], threads / count);
         }))
       continue;
     for (int k = 0; k < count; ++k, run += directions)
@@ -249,7 +261,7 @@ void forward(Forward<T>* passes, int layers, int directions, int threads) {
   }
 }
 
-template void forward(Forward<float>*, int, int, int);
-template void forward(Forward<double>*, int, int, int);
+template void forward(const Forward<float>*, int, int, int);
+template void forward(const Forward<double>*, int, int, int);
 
 }  // namespace fastlstm

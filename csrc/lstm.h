@@ -70,8 +70,6 @@ struct Layer {
   bool reverse;   // time runs from T-1 to 0
 };
 
-class Progress;  // of cpu/parallel.h
-
 template <class T>
 struct Forward {
   Sizes sizes;
@@ -86,9 +84,6 @@ struct Forward {
   T* gates;         // (T, N, 4, H) i f g o after their activations, or null: keep nothing
   T* cells;         // (T, N, H) c_t, or null
   T* raw;           // (T, N, H) o * tanh(c_t), or null; kept with a projection only
-  // For forward() itself: the layer below, where it runs at the same time, and this layer.
-  const Progress* below = nullptr;
-  Progress* done = nullptr;
 };
 
 // Gradients of a scalar loss. A null output is not computed.
@@ -118,11 +113,11 @@ struct Backward {
 
 // threads >= 1 is the most that may be used. Throw std::bad_alloc and nothing else.
 
-// Runs layers, the directions of each one after the other, which have the same sizes. Of more than
-// one layer nothing is kept; y of all but the last layer, and x of all but the first, are
-// forward()'s own: it fills them in.
+// Runs layers; the directions of each stand one after the other. All have the same sizes, but for D
+// of the first, and the same `ragged`. Of more than one layer nothing is kept, and y of all but the
+// last, x of all but the first are not read: forward() has memory of its own for them.
 template <class T>
-void forward(Forward<T>* passes, int layers, int directions, int threads);
+void forward(const Forward<T>* passes, int layers, int directions, int threads);
 // Runs the one or two directions of a layer.
 template <class T>
 void backward(const Backward<T>* directions, int count, int threads);

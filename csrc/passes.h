@@ -1,5 +1,5 @@
 // What the forward and the backward pass have in common: the shape of panels, zeros for a missing
-// state, arrays in order of computation, who takes part in a step of a ragged batch, and directions
+// state, arrays in order of computation, who takes part in a step of a ragged batch, and passes
 // that run one after the other or at the same time. Included by forward.cpp and backward.cpp.
 #pragma once
 

@@ -88,14 +88,17 @@ Plan plan_in_wave(const Sizes& s, const Machine& m, int threads) {
   return plan;
 }
 
-int layers_at_once(const Sizes& s, const Machine& m, int layers, int threads) {
+int layers_at_once(const Sizes& s, int64_t first_input, const Machine& m, int layers, int threads) {
   const int most = std::min(layers, threads);
   if (most < 2) return 1;
   const Plan wave = plan_in_wave(s, m, threads / most);
   const double behind = double((most - 1) * wave.block) / double(s.steps);
-  const double in_waves =
-      double(ceil_div(layers, most)) * (wave.cycles * (1 + behind) + kRegionCycles);
-  return in_waves < kClearly * layers * plan_forward(s, m, threads).cycles ? most : 1;
+  // The first layer, which its wave waits for, in units of the others.
+  const double first = std::max(1.0, double(first_input + s.output) / double(s.input + s.output));
+  const double waves = double(ceil_div(layers, most)) - 1 + first;
+  const double in_waves = waves * (wave.cycles * (1 + behind) + kRegionCycles);
+  const double in_turn = (layers - 1 + first) * plan_forward(s, m, threads).cycles;
+  return in_waves < kClearly * in_turn ? most : 1;
 }
 
 Plan plan_backward(const Sizes& s, const Machine& m, int threads) {

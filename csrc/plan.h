@@ -17,7 +17,8 @@ struct Plan {
   bool direct = false;  // read the weights where they are instead of packing them
   bool input_in_step =
       false;          // forward: the input product inside the step, not a product over time
-  int64_t block = 1;  // time steps whose input product (or dz) is held at once
+  int64_t block = 1;  // time steps whose input product (or dz) is held at once, and after which a
+                      // layer looks at the one below
   double cycles = 0;  // what the cost model says of all steps
 
   int threads() const { return row_groups * panel_groups; }
@@ -34,9 +35,11 @@ struct Machine {
 Plan plan_forward(const Sizes& sizes, const Machine& machine, int threads);
 Plan plan_backward(const Sizes& sizes, const Machine& machine, int threads);
 
-// How many layers of the same sizes run at the same time, each on an equal part of the threads and
-// `block` steps of plan_in_wave() behind the one below it: 1 if it does not pay.
-int layers_at_once(const Sizes& sizes, const Machine& machine, int layers, int threads);
+// How many layers, of `sizes` but for the input of the first, run at the same time, each on an
+// equal part of the threads and `block` steps of plan_in_wave() behind the one below: 1 if it does
+// not pay.
+int layers_at_once(const Sizes& sizes, int64_t first_input, const Machine& machine, int layers,
+                   int threads);
 // The plan of each of them.
 Plan plan_in_wave(const Sizes& sizes, const Machine& machine, int threads);
 

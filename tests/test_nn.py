@@ -925,6 +925,36 @@ def test_half_precision(dtype, cell):
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("forget", [2, 4, 6])
+def test_half_precision_of_gates_near_one(dtype, forget):
+    """Over many steps a forget gate of 0.998 must not be taken for 1."""
+    ours, theirs = pair(8, 16, dtype=dtype)
+    for module in (ours, theirs):
+        with torch.no_grad():
+            module.bias_ih_l0[16:32] = forget
+    x = leaf(300, 4, 8, dtype=dtype)
+    exact = in_float64(theirs, x)
+    assert_no_worse(backward(ours, x), backward(theirs, x), exact)
+
+
+@pytest.mark.parametrize("dtype", [*HALF, F32], ids=str)
+@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
+def test_windows_that_overlap(dtype, cell):
+    """Rows that share memory: Tensor.float() would not keep them apart."""
+    ours, _ = pair(8, 5, cell=cell, dtype=dtype)
+    signal = leaf(10, dtype=dtype)
+    windows = [signal.unfold(0, 8, 1), signal.unfold(0, 8, 1).contiguous()]
+    found = []
+    for x in windows:
+        y = flatten(ours(x))[0]
+        found.append([y, *torch.autograd.grad(y.float().sum(), [signal, *ours.parameters()])])
+        with torch.no_grad():
+            found[-1].append(flatten(ours(x))[0])
+    for actual, expected in zip(*found, strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
 def test_half_precision_keeps_half(dtype, cell):
     """What is kept for backward takes half the memory too: 6 numbers a unit and step."""

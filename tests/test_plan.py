@@ -53,6 +53,8 @@ def test_one_thread_is_never_split(**args):
         ((1000, 1, 64, 64), 2, 2),  # the steps are too small to be split
         ((1000, 1, 64, 64), 5, 2),
         ((1000, 64, 64, 64), 2, 1),  # splitting the batch is as good
+        ((1000, 1, 512, 64), 2, 2),
+        ((1000, 1, 4096, 64), 2, 1),  # the second would wait for the first, alone on its thread
         ((1000, 1, 512, 512), 2, 1),  # each thread would read all weights of a layer
     ],
 )

@@ -1,4 +1,4 @@
-// One allocation for all the scratch memory of a call, handed out piece by piece.
+// One allocation for the scratch memory of passes that run together, handed out piece by piece.
 #pragma once
 
 #include <sys/mman.h>

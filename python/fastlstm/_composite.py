@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ._tensors import HALF, in_float32
+from ._tensors import HALF, narrowed, widened
 
 Rows = Sequence[Tensor]  # a tensor for h and one for c, with the same number of rows
 
@@ -167,9 +167,11 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, h_n and c_n of a layer; arguments and shapes are those of `_torch.run_forward`."""
     if x.dtype in HALF:
-        args = directions, x, h0, c0, weights, batch_sizes
-        in_half: tuple[Tensor, Tensor, Tensor] = in_float32(forward, x.dtype, *args)
-        return in_half
+        dtype = x.dtype
+        x, h0, c0 = widened(x, h0, c0)
+        results = forward(directions, x, h0, c0, widened(*weights), batch_sizes)
+        y, h_n, c_n = narrowed(dtype, *results)
+        return y, h_n, c_n
     with torch.autocast("cpu", enabled=False):
         found = _run(directions, batch_sizes, x, h0, c0, weights)
         y = torch.cat([one.rows_of("h") for one in found], -1)
@@ -192,9 +194,7 @@ def backward(
     directions, batch_sizes = layer
     x, h0, c0, *weights = inputs
     if x.dtype in HALF:
-        args = layer, inputs, grads, needed
-        in_half: tuple[Tensor | None, ...] = in_float32(backward, x.dtype, *args)
-        return in_half
+        return narrowed(x.dtype, *backward(layer, widened(*inputs), widened(*grads), needed))
     grad_y, *grad_last = grads
     with torch.autocast("cpu", enabled=False):
         parts = []

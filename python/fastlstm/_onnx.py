@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._tensors import HALF, in_float32
+from ._tensors import HALF, narrowed, widened
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -33,9 +33,11 @@ def layer(
         With a projection, which the operator does not have.
     """
     if x.dtype in HALF:
-        args = directions, x, h0, c0, weights, batch_sizes
-        in_half: tuple[Tensor, Tensor, Tensor] = in_float32(layer, x.dtype, *args)
-        return in_half
+        dtype = x.dtype
+        x, h0, c0 = widened(x, h0, c0)
+        results = layer(directions, x, h0, c0, widened(*weights), batch_sizes)
+        y, h_n, c_n = narrowed(dtype, *results)
+        return y, h_n, c_n
     count = len(weights) // directions
     H = weights[0].shape[0] // 4
     if count % 2:

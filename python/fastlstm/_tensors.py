@@ -1,28 +1,31 @@
-"""What of torch's tensors the kernels take: devices, dtypes and shapes.
+"""What of torch's tensors the kernels take: devices, dtypes and shapes; half precision widened.
 
 `_core.fits` says the same of plain tensors in memory, faster; a tracer has no memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 HALF = (torch.bfloat16, torch.float16)
 
 # For each kind of device that has kernels; `_cuda_layer` adds its own where they are switched on.
-# The CPU's take half precision by way of `in_float32`.
+# The CPU's take half precision `widened`.
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {"cpu": (torch.float32, torch.float64, *HALF)}
 
 
-def in_float32(run: Callable[..., Any], half: torch.dtype, *args: Any) -> Any:
-    """Return `run(*args)`, the tensors of `args` taken to float32 and those of its result back."""
-    wide = tree_map_only(Tensor, Tensor.float, args)
-    return tree_map_only(Tensor, lambda tensor: tensor.to(half), run(*wide))
+def widened(*tensors: Tensor | None) -> list[Any]:
+    """Return tensors in float32, contiguous."""
+    keep_order = torch.contiguous_format  # else rows of a tensor that overlaps itself are torn
+    return [None if t is None else t.to(torch.float32, memory_format=keep_order) for t in tensors]
+
+
+def narrowed(half: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """Return tensors of float32 in half precision."""
+    return tuple(None if tensor is None else tensor.to(half) for tensor in tensors)
 
 
 def weight_shapes(

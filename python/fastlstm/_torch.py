@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import _composite, _core
-from ._tensors import HALF, in_float32
+from ._tensors import HALF, narrowed, widened
 
 # torch gives its memory away through DLPack's C table (since 2.10) or attribute by attribute.
 _core.use_torch(Tensor, Parameter, getattr(Tensor, "__dlpack_c_exchange_api__", None))
@@ -37,6 +37,15 @@ def gradient(grad: Tensor | None) -> Tensor | None:
     return grad.resolve_neg()
 
 
+def gates_in_half(gates: Tensor | None, half: torch.dtype) -> Tensor | None:
+    """Return gates as float16 in memory of `half`.
+
+    They lie between -1 and 1, where float16 is eight times finer than bfloat16: that makes 1 of a
+    forget gate of 0.998, an error that grows with every step back.
+    """
+    return None if gates is None else gates.to(torch.float16).view(half)
+
+
 def run_forward(
     x: Tensor,
     h0: Tensor | None,
@@ -45,25 +54,25 @@ def run_forward(
     directions: int,
     batch_sizes: Sequence[int],
     keep: bool,
-    layers: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Kept]:
     """Run one layer on x (T, N, D), h0 (directions, N, P) and c0 (directions, N, H).
 
     A state of None is zeros; the weights stand one direction after the other; P is H without a
     projection. Where `batch_sizes` is not empty the batch is ragged: (rows,) stands for (T, N).
     Returns y (T, N, directions*P), h_n, c_n, and with `keep` gates (directions, T, N, 4H), cells
-    and, with a projection, h before it (directions, T, N, H). Several `layers`, of which nothing is
-    kept, run in one call on the CPU; weights and states stand one layer after the other.
+    and, with a projection, h before it (directions, T, N, H).
     """
     if x.is_cuda:
         from . import _cuda_layer
 
         return _cuda_layer.run_forward(x, h0, c0, weights, directions, batch_sizes, keep)
     if x.dtype in HALF:
-        args = x, h0, c0, weights, directions, batch_sizes, keep
-        in_half: tuple[Tensor, Tensor, Tensor, Kept] = in_float32(run_forward, x.dtype, *args)
-        return in_half
-    y, h_n, c_n, kept = new_results(x, weights, directions, batch_sizes, keep, layers)
+        dtype, args = x.dtype, (widened(*weights), directions, batch_sizes, keep)
+        x, h0, c0 = widened(x, h0, c0)
+        *found, (gates, cells, raw) = run_forward(x, h0, c0, *args)
+        y, h_n, c_n, cells, raw = narrowed(dtype, *found, cells, raw)
+        return y, h_n, c_n, (gates_in_half(gates, dtype), cells, raw)
+    y, h_n, c_n, kept = new_results(x, weights, directions, batch_sizes, keep)
     threads = torch.get_num_threads()
     _core.forward(x, h0, c0, weights, y, h_n, c_n, *kept, batch_sizes, False, threads)
     return y, h_n, c_n, kept
@@ -170,9 +179,11 @@ def run_backward(
         assert y is not None
         return _cuda_layer.run_backward(layer, inputs, y, kept, grads, needed)
     if x.dtype in HALF:
-        args = layer, inputs, y, kept, grads, needed
-        in_half: Grads = in_float32(run_backward, x.dtype, *args)
-        return in_half
+        gates, cells, raw = kept
+        gates = None if gates is None else gates.view(torch.float16)
+        y, gates, cells, raw = widened(y, gates, cells, raw)
+        args = widened(*inputs), y, (gates, cells, raw), tuple(widened(*grads)), needed
+        return narrowed(x.dtype, *run_backward(layer, *args))
     directions, batch_sizes = layer or (1, ())
     lead = (directions,) if layer else ()
     H, P = weights[0].shape[0] // 4, weights[1].shape[1]
@@ -241,8 +252,11 @@ def run_layers(
     weights: list[Tensor],
     batch_sizes: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run several layers on the CPU, where no gradient is wanted: y, h_n, c_n."""
-    return run_forward(x, h0, c0, weights, directions, batch_sizes, False, layers)[:3]
+    """Run several layers of what the kernels read, without gradients: y, h_n, c_n."""
+    y, h_n, c_n, kept = new_results(x, weights, directions, batch_sizes, False, layers)
+    threads = torch.get_num_threads()
+    _core.forward(x, h0, c0, weights, y, h_n, c_n, *kept, batch_sizes, False, threads)
+    return y, h_n, c_n
 
 
 class Step(torch.autograd.Function):
@@ -272,9 +286,11 @@ def run_step(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Run one step of a cell on x (N, D): h and c (N, H) and, with `keep`, gates and cells."""
     if x.dtype in HALF:
-        args = x, h0, c0, weights, keep
-        in_half: tuple[Tensor, Tensor, Any, Any] = in_float32(run_step, x.dtype, *args)
-        return in_half
+        dtype = x.dtype
+        x, h0, c0 = widened(x, h0, c0)
+        h, c, gates, cells = run_step(x, h0, c0, widened(*weights), keep)
+        h, c, cells = narrowed(dtype, h, c, cells)
+        return h, c, gates_in_half(gates, dtype), cells
     N, H = x.shape[0], weights[1].shape[1]
     h, c = x.new_empty(N, H), x.new_empty(N, H)
     gates = x.new_empty(N, 4 * H) if keep else None

@@ -60,14 +60,14 @@ def _wrong_dtype(hx: Any, expected: torch.dtype) -> RuntimeError | None:
 
 
 def _packed(
-    input: Any, hx: Any, weights: list[Any], half: torch.dtype | None
+    input: Any, hx: Any, weights: list[Any], dtype: torch.dtype | None
 ) -> tuple[Any, Any, list[Any]]:
     """Return tensors contiguous, under autocast in float32, and the rest as it came."""
 
     def packed(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.layout is not torch.strided:
             return value
-        return (value if half is None else value.float()).contiguous()
+        return (value if dtype is None else value.float()).contiguous()
 
     if isinstance(hx, (tuple, list)):
         hx = [packed(state) for state in hx]
@@ -123,13 +123,13 @@ class LSTM(torch.nn.LSTM):
         N = batch_sizes[0] if ragged else 0
         layout = (self.num_layers, 2 if self.bidirectional else 1, self.batch_first, 3, N)
         sizes = (self.input_size, self.hidden_size, self.proj_size, *layout)
-        half = None
+        dtype = None
         autocast = torch.is_autocast_enabled("cpu")
         if observed or autocast or not _core.fits(x, hx, weights, *sizes):
             packed = None if observed else _cuda_layer.served(self, input, hx, weights)
             if packed is None:
-                half = _autocast_dtype(x, hx, weights)
-                packed = _packed(x, hx, weights, half)
+                dtype = _autocast_dtype(x, hx, weights)
+                packed = _packed(x, hx, weights, dtype)
                 if observed or not _core.fits(*packed, *sizes):
                     if not self._serves(*packed, input.batch_sizes if ragged else None):
                         return self._as_torch(input, hx, weights)
@@ -150,7 +150,7 @@ class LSTM(torch.nn.LSTM):
                 data, input.batch_sizes, input.sorted_indices, input.unsorted_indices
             )
             h, c = self.permute_hidden((h, c), input.unsorted_indices)
-        return (y, (h, c)) if half is None else (y.to(half), (h.to(half), c.to(half)))
+        return (y, (h, c)) if dtype is None else (y.to(dtype), (h.to(dtype), c.to(dtype)))
 
     def _computed_weights(self) -> list[Any]:
         """Return the weights where some are no parameters."""
@@ -217,16 +217,16 @@ class LSTM(torch.nn.LSTM):
         N = _traced_batch(input, hx) if ragged else None
         layout = (self.num_layers, 2 if self.bidirectional else 1, self.batch_first, 3, N)
         sizes = (self.input_size, self.hidden_size, self.proj_size, *layout)
-        half = _autocast_dtype(x, hx, weights)
+        dtype = _autocast_dtype(x, hx, weights)
         given = x, hx, weights
-        x, state, packed = given if half is None else _packed(*given, half)
+        x, state, packed = given if dtype is None else _packed(*given, dtype)
         autocast = torch.is_autocast_enabled("cuda" if weights[0].is_cuda else "cpu")
-        if (half is None and autocast) or not _tensors.fits(x, state, packed, *sizes):
+        if (dtype is None and autocast) or not _tensors.fits(x, state, packed, *sizes):
             return self._as_torch(input, hx, weights)
 
         if not ragged:
             y, (h, c) = self._run(x, state, packed, _transforms.run_layer)
-            return (y, (h, c)) if half is None else (y.to(half), (h.to(half), c.to(half)))
+            return (y, (h, c)) if dtype is None else (y.to(dtype), (h.to(dtype), c.to(dtype)))
         if state is None:  # the operator reads N off the state
             H, P = self.hidden_size, self.proj_size or self.hidden_size
             state = [x.new_zeros(layout[0] * layout[1], N, size) for size in (P, H)]
@@ -234,7 +234,7 @@ class LSTM(torch.nn.LSTM):
             state = self.permute_hidden(state, input.sorted_indices)
         layer = partial(_ops.layer_of_graph, batch_sizes=input.batch_sizes)
         results = self._layers(x, state, packed, layer)
-        y, h, c = results if half is None else [result.to(half) for result in results]
+        y, h, c = results if dtype is None else [result.to(dtype) for result in results]
         y = PackedSequence(y, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
         return y, self.permute_hidden((h, c), input.unsorted_indices)
 
@@ -327,12 +327,12 @@ class LSTMCell(torch.nn.LSTMCell):
         if observed and torch._C._get_tracing_state() is not None:
             return super().forward(input, hx)
         sizes = (self.input_size, self.hidden_size, 0, 1, 1, False, 2, 0)
-        half = None
+        dtype = None
         readable = True
         autocast = torch.is_autocast_enabled("cpu")
         if observed or autocast or not _core.fits(input, hx, weights, *sizes):
-            half = _autocast_dtype(input, hx, weights)
-            packed = _packed(input, hx, weights, half)
+            dtype = _autocast_dtype(input, hx, weights)
+            packed = _packed(input, hx, weights, dtype)
             readable = not observed and _core.fits(*packed, *sizes)
             if not readable and not self._serves(*packed):
                 return super().forward(input, hx)
@@ -350,15 +350,15 @@ class LSTMCell(torch.nn.LSTMCell):
             h, c, *_ = run_step(input, h0, c0, weights, keep=False)
         if not batched:
             h, c = h.squeeze(0), c.squeeze(0)
-        return (h, c) if half is None else (h.to(half), c.to(half))
+        return (h, c) if dtype is None else (h.to(dtype), c.to(dtype))
 
     def _traced(self, input: Any, hx: Any, weights: list[Any]) -> Any:
         """Run as the operator of a layer at T = 1."""
-        half = _autocast_dtype(input, hx, weights)
+        dtype = _autocast_dtype(input, hx, weights)
         given = input, hx, weights
-        x, state, weights = given if half is None else _packed(*given, half)
+        x, state, weights = given if dtype is None else _packed(*given, dtype)
         sizes = (self.input_size, self.hidden_size, 0, 1, 1, False, 2, None)
-        autocast = half is None and torch.is_autocast_enabled("cpu")
+        autocast = dtype is None and torch.is_autocast_enabled("cpu")
         if autocast or not _tensors.fits(x, state, weights, *sizes):
             return super().forward(input, hx)
         step = (0,) if x.dim() == 2 else (0, 0)
@@ -368,7 +368,7 @@ class LSTMCell(torch.nn.LSTMCell):
         h0, c0 = state or (None, None)
         _, h, c = _transforms.run_layer(1, x, h0, c0, weights)
         h, c = h[step], c[step]
-        return (h, c) if half is None else (h.to(half), c.to(half))
+        return (h, c) if dtype is None else (h.to(dtype), c.to(dtype))
 
     def _serves(self, x: Any, hx: Any, weights: list[Any]) -> bool:
         """Return whether this is a right call on CPU tensors of one floating dtype.
