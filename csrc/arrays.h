@@ -31,6 +31,22 @@ struct Array {
   bool empty() const { return std::find(shape, shape + dims, 0) != shape + dims; }
   // A row may be read as it stands: its elements are neighbours.
   bool has_rows() const { return step[dims - 1] == 1 || shape[dims - 1] == 1; }
+  // With a dimension of one before dimension `d`.
+  Array with_one(int d) const {
+    Array wider = *this;
+    std::copy_backward(shape + d, shape + dims, wider.shape + dims + 1);
+    std::copy_backward(step + d, step + dims, wider.step + dims + 1);
+    wider.shape[d] = 1;
+    ++wider.dims;
+    return wider;
+  }
+  // The first two dimensions in the other order.
+  Array swapped() const {
+    Array other = *this;
+    std::swap(other.shape[0], other.shape[1]);
+    std::swap(other.step[0], other.step[1]);
+    return other;
+  }
   // C-contiguous.
   bool packed() const {
     int64_t expected = 1;

@@ -1,5 +1,5 @@
 // The pybind11 module: turns Python arguments into the structs of lstm.h, releases the GIL,
-// calls. It checks in one place, fits(); the rest trusts what python/fastlstm/ checked and
+// calls. It checks in one place, read(); the rest trusts what python/fastlstm/ checked and
 // allocated.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -96,9 +96,11 @@ Layer<T> layer(const Arrays& weights, int parts, int k, bool reverse) {
   return {w.ih, w.hh, w.b_ih, w.b_hh, w.hr, reverse};
 }
 
-void run_forward(Array x, Array h0, Array c0, const Arrays& weights, Array y, Array h_n, Array c_n,
-                 Array gates, Array cells, Array raw, const std::vector<int64_t>& batch_sizes,
-                 bool reverse, int threads) {
+// `parts` are the directions of all layers, of which x and y have `directions`.
+void run_parts(const Array& x, const Array& h0, const Array& c0, const Arrays& weights,
+               const Array& y, const Array& h_n, const Array& c_n, const Array& gates,
+               const Array& cells, const Array& raw, const std::vector<int64_t>& batch_sizes,
+               bool reverse, int parts, int directions, int threads) {
   py::gil_scoped_release release;
   for (const Array* array : {&y, &gates, &cells, &raw})
     prefer_huge_pages(array->data, array->bytes());
@@ -106,8 +108,6 @@ void run_forward(Array x, Array h0, Array c0, const Arrays& weights, Array y, Ar
     using E = std::remove_pointer_t<decltype(type)>;
     const Shape shape(x, weights, batch_sizes);
     const auto [T, N, D, H, P] = shape.sizes;
-    const int directions = int(y.shape[y.dims - 1] / P);
-    const int parts = h_n.dims == 3 ? int(h_n.shape[0]) : 1;
     std::vector<Forward<E>> passes(static_cast<size_t>(parts));
     for (int k = 0; k < parts; ++k) {
       const int d = k % directions;
@@ -127,6 +127,15 @@ void run_forward(Array x, Array h0, Array c0, const Arrays& weights, Array y, Ar
     }
     forward(passes.data(), parts / directions, directions, threads);
   });
+}
+
+void run_forward(Array x, Array h0, Array c0, const Arrays& weights, Array y, Array h_n, Array c_n,
+                 Array gates, Array cells, Array raw, const std::vector<int64_t>& batch_sizes,
+                 bool reverse, int threads) {
+  const int directions = int(y.shape[y.dims - 1] / weights[1].shape[1]);
+  const int parts = h_n.dims == 3 ? int(h_n.shape[0]) : 1;
+  run_parts(x, h0, c0, weights, y, h_n, c_n, gates, cells, raw, batch_sizes, reverse, parts,
+            directions, threads);
 }
 
 void run_backward(Array x, Array h0, Array c0, const Arrays& weights, Array y, Array gates,
@@ -174,13 +183,32 @@ void run_backward(Array x, Array h0, Array c0, const Arrays& weights, Array y, A
   });
 }
 
-// Whether a call can run as it stands: every array of the one dtype, of the shape it must have, and
-// laid out as the kernels read it; tensors in half precision once they are float32. True spares the
-// thorough checks in Python; false says nothing. P is proj_size, or 0. `dims` is that of a batched
-// x: 3, or 2 for a cell. `packed` is the batch of a ragged x (rows, D), or 0.
-bool fits(py::handle x, py::handle state, py::handle weights, int64_t D, int64_t H, int64_t P,
-          int64_t layers, int64_t directions, bool batch_first, int dims, int64_t packed) {
-  Array input;
+// What a layer or a cell is made for. P is proj_size, or 0; `dims` is that of a batched x: 3, or 2
+// for a cell.
+struct Made {
+  int64_t D, H, P, layers, directions;
+  bool batch_first;
+  int dims;
+
+  int64_t output() const { return P ? P : H; }
+  int64_t parts() const { return layers * directions; }
+};
+
+// The tensors of a call, in their own layout.
+struct Call {
+  Array x, h0, c0;
+  Arrays weights;
+  int64_t T, N;
+  bool batched;
+};
+
+// Reads a call that can run as it stands: every array of the one dtype, of the shape it must have,
+// and laid out as the kernels read it; tensors in half precision once they are float32. False where
+// it cannot. `packed` is the batch of a ragged x (rows, D), or 0.
+bool read(py::handle x, py::handle state, py::handle weights, const Made& made, int64_t packed,
+          Call* call) {
+  const auto [D, H, P, layers, directions, batch_first, dims] = made;
+  Array& input = call->x;
   const auto plain = [&](py::handle object, Array* array) {
     if (!view(object, array) || !array->same_dtype(input)) return false;
     if (is_torch(object) != is_torch(x)) return false;
@@ -192,10 +220,9 @@ bool fits(py::handle x, py::handle state, py::handle weights, int64_t D, int64_t
     Py_XDECREF(negated);
     return negated == Py_False;
   };
-  const auto is = [&](py::handle object, std::initializer_list<int64_t> shape) {
-    Array array;
-    return plain(object, &array) && array.dims == int(shape.size()) &&
-           std::equal(shape.begin(), shape.end(), array.shape) && array.packed();
+  const auto is = [&](py::handle object, Array* array, std::initializer_list<int64_t> shape) {
+    return plain(object, array) && array->dims == int(shape.size()) &&
+           std::equal(shape.begin(), shape.end(), array->shape) && array->packed();
   };
   if (D < 1 || H < 1 || P < 0 || layers < 1 || directions < 1) return false;
   if (!view(x, &input) || !plain(x, &input)) return false;
@@ -203,14 +230,15 @@ bool fits(py::handle x, py::handle state, py::handle weights, int64_t D, int64_t
       !input.has_rows())
     return false;
   if (packed && input.dims != 2) return false;
-  const bool batched = packed || input.dims == dims;
+  const bool batched = call->batched = packed || input.dims == dims;
   const int batch_dim = dims == 3 && !batch_first;
-  const int64_t N = packed ? packed : batched ? input.shape[batch_dim] : 1;
-  const int64_t T = dims == 2 ? 1 : input.shape[batched && batch_first && !packed ? 1 : 0];
+  const int64_t N = call->N = packed ? packed : batched ? input.shape[batch_dim] : 1;
+  const int64_t T = call->T =
+      dims == 2 ? 1 : input.shape[batched && batch_first && !packed ? 1 : 0];
   if (T < 1 || N < 1) return false;
   // Far from what could be addressed; see sizes() in _check.py.
   if (double(T) * double(N + 1) * double(D + directions * H + 64) > 1e15) return false;
-  const int64_t output = P ? P : H;
+  const int64_t output = made.output();
 
   const auto pair = [](py::handle object) {
     return (PyTuple_Check(object.ptr()) || PyList_Check(object.ptr())) &&
@@ -218,32 +246,101 @@ bool fits(py::handle x, py::handle state, py::handle weights, int64_t D, int64_t
   };
   if (!state.is_none()) {
     if (!pair(state)) return false;
-    const int64_t count = layers * directions;
+    const int64_t count = made.parts();
     for (int k = 0; k < 2; ++k) {
       const py::handle part = PySequence_Fast_GET_ITEM(state.ptr(), k);
+      Array* const array = k == 0 ? &call->h0 : &call->c0;
       const int64_t columns = k == 0 ? output : H;
-      const bool right = dims == 3
-                             ? batched ? is(part, {count, N, columns}) : is(part, {count, columns})
-                         : batched ? is(part, {N, columns})
-                                   : is(part, {columns});
+      const bool right = dims == 3 ? batched ? is(part, array, {count, N, columns})
+                                             : is(part, array, {count, columns})
+                         : batched ? is(part, array, {N, columns})
+                                   : is(part, array, {columns});
       if (!right) return false;
     }
   }
   if (!PyList_Check(weights.ptr())) return false;
-  const int64_t per_direction = PyList_GET_SIZE(weights.ptr()) / (layers * directions);
+  const int64_t per_direction = PyList_GET_SIZE(weights.ptr()) / made.parts();
   const bool biases = per_direction >= 4;
   if (per_direction != (biases ? 4 : 2) + (P > 0)) return false;
-  for (int64_t k = 0; k < layers * directions * per_direction; ++k) {
+  call->weights.resize(size_t(made.parts() * per_direction));
+  for (int64_t k = 0; k < made.parts() * per_direction; ++k) {
     const int64_t kind = k % per_direction;
     const bool first_layer = k < directions * per_direction;
     const py::handle weight = PyList_GET_ITEM(weights.ptr(), k);
-    const bool right = kind == 0   ? is(weight, {4 * H, first_layer ? D : directions * output})
-                       : kind == 1 ? is(weight, {4 * H, output})
-                       : biases && kind < 4 ? is(weight, {4 * H})
-                                            : is(weight, {P, H});
+    Array* const array = &call->weights[size_t(k)];
+    const bool right = kind == 0 ? is(weight, array, {4 * H, first_layer ? D : directions * output})
+                       : kind == 1          ? is(weight, array, {4 * H, output})
+                       : biases && kind < 4 ? is(weight, array, {4 * H})
+                                            : is(weight, array, {P, H});
     if (!right) return false;
   }
   return true;
+}
+
+// Whether read() would. True spares the thorough checks in Python; false says nothing.
+bool fits(py::handle x, py::handle state, py::handle weights, int64_t D, int64_t H, int64_t P,
+          int64_t layers, int64_t directions, bool batch_first, int dims, int64_t packed) {
+  Call call;
+  return read(x, state, weights, {D, H, P, layers, directions, batch_first, dims}, packed, &call);
+}
+
+// A call on torch tensors from check to result, without gradients, where it can run as it stands:
+// y with time first and (h_n, c_n); (h, c) of a cell. None where it cannot. Python takes longer for
+// its part of this than the kernels do for a small step.
+py::object infer(py::handle x, py::handle state, py::handle weights, int64_t D, int64_t H,
+                 int64_t P, int64_t layers, int64_t directions, bool batch_first, int dims,
+                 int64_t packed, const std::vector<int64_t>& batch_sizes, int threads) {
+  const Made made{D, H, P, layers, directions, batch_first, dims};
+  // The caller's list may change while the GIL is not held.
+  const py::object states = py::isinstance<py::list>(state)
+                                ? py::tuple(py::reinterpret_borrow<py::list>(state))
+                                : py::reinterpret_borrow<py::object>(state);
+  Call call;
+  if (!read(x, states, weights, made, packed, &call) || call.x.half() || !is_torch(x))
+    return py::none();
+  const auto [T, N] = std::pair(call.T, call.N);
+  const auto new_tensor = [&](std::initializer_list<int64_t> shape, Array* array) {
+    static PyObject* const new_empty = PyUnicode_InternFromString("new_empty");
+    // Sizes one by one, which torch reads faster than a tuple.
+    py::object sizes[3];
+    PyObject* given[4] = {x.ptr()};
+    size_t count = 1;
+    for (const int64_t size : shape) {
+      sizes[count - 1] = py::int_(size);
+      given[count] = sizes[count - 1].ptr();
+      ++count;
+    }
+    PyObject* const made = PyObject_VectorcallMethod(new_empty, given, count, nullptr);
+    if (!made) throw py::error_already_set();
+    py::object tensor = py::reinterpret_steal<py::object>(made);
+    if (!view(tensor, array)) throw std::runtime_error("new_empty: no memory to write");
+    return tensor;
+  };
+  const int64_t output = made.output(), parts = made.parts();
+  Array input = call.x, y, h_n, c_n;
+  py::object results[3];
+  if (dims == 2) {
+    results[1] = call.batched ? new_tensor({N, H}, &y) : new_tensor({H}, &y);
+    results[2] = call.batched ? new_tensor({N, H}, &c_n) : new_tensor({H}, &c_n);
+  } else {
+    results[0] = packed         ? new_tensor({call.x.shape[0], directions * output}, &y)
+                 : call.batched ? new_tensor({T, N, directions * output}, &y)
+                                : new_tensor({T, directions * output}, &y);
+    results[1] =
+        call.batched ? new_tensor({parts, N, output}, &h_n) : new_tensor({parts, output}, &h_n);
+    results[2] = call.batched ? new_tensor({parts, N, H}, &c_n) : new_tensor({parts, H}, &c_n);
+  }
+  if (!call.batched) {
+    input = input.with_one(dims - 2);
+    y = y.with_one(dims - 2);
+  } else if (batch_first && !packed) {
+    input = input.swapped();
+  }
+  run_parts(input, call.h0, call.c0, call.weights, y, h_n, c_n, {}, {}, {}, batch_sizes, false,
+            int(parts), int(directions), threads);
+  py::tuple last = py::make_tuple(results[1], results[2]);
+  if (dims == 2) return std::move(last);
+  return py::make_tuple(results[0], last);
 }
 
 void use_torch(py::type tensor, py::type parameter, py::object exchange) {
@@ -325,6 +422,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("forward", &run_forward);
   m.def("backward", &run_backward);
   m.def("fits", &fits);
+  m.def("infer", &infer);
   m.def("use_torch", &use_torch);
 
   m.def("default_threads", &default_threads);

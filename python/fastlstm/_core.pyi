@@ -49,6 +49,22 @@ def backward(
     /,
 ) -> None: ...
 def fits(x: object, state: object, weights: object, /, *sizes: int) -> bool: ...
+def infer(
+    x: object,
+    state: object,
+    weights: object,
+    D: int,
+    H: int,
+    P: int,
+    layers: int,
+    directions: int,
+    batch_first: bool,
+    dims: int,
+    packed: int,
+    batch_sizes: Sequence[int],
+    threads: int,
+    /,
+) -> Any: ...
 def use_torch(tensor: type, parameter: type, exchange: object, /) -> None: ...
 def default_threads() -> int: ...
 def compiled_isas() -> list[str]: ...

@@ -79,12 +79,7 @@ def run_forward(
 
 
 def new_results(
-    x: Tensor,
-    weights: list[Tensor],
-    directions: int,
-    batch_sizes: Sequence[int],
-    keep: bool,
-    layers: int = 1,
+    x: Tensor, weights: list[Tensor], directions: int, batch_sizes: Sequence[int], keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Kept]:
     """Return memory for what :func:`run_forward` returns."""
     *time, _ = x.shape
@@ -93,8 +88,8 @@ def new_results(
     H = four_h // 4
     projects = len(weights) // directions % 2 == 1
     y = x.new_empty(*time, directions * P)
-    h_n = x.new_empty(layers * directions, N, P)
-    c_n = x.new_empty(layers * directions, N, H)
+    h_n = x.new_empty(directions, N, P)
+    c_n = x.new_empty(directions, N, H)
     gates = x.new_empty(directions, *time, 4 * H) if keep else None
     cells = x.new_empty(directions, *time, H) if keep else None
     raw = x.new_empty(directions, *time, H) if keep and projects else None
@@ -241,22 +236,6 @@ def run_layer(
         result: Any = Layer.apply(directions, batch_sizes, x, h0, c0, *weights)  # type: ignore[no-untyped-call]
         return result  # type: ignore[no-any-return]
     return run_forward(x, h0, c0, weights, directions, batch_sizes, keep=False)[:3]
-
-
-def run_layers(
-    layers: int,
-    directions: int,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: list[Tensor],
-    batch_sizes: Sequence[int] = (),
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run several layers of what the kernels read, without gradients: y, h_n, c_n."""
-    y, h_n, c_n, kept = new_results(x, weights, directions, batch_sizes, False, layers)
-    threads = torch.get_num_threads()
-    _core.forward(x, h0, c0, weights, y, h_n, c_n, *kept, batch_sizes, False, threads)
-    return y, h_n, c_n
 
 
 class Step(torch.autograd.Function):

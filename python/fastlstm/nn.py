@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _core, _cuda_layer, _dynamo, _ops, _tensors, _transforms
-from ._torch import Step, run_layer, run_layers, run_step, wants_grad
+from ._torch import Step, run_layer, run_step, wants_grad
 
 __all__ = ["LSTM", "LSTMCell", "convert", "explain", "revert"]
 
@@ -125,6 +125,14 @@ class LSTM(torch.nn.LSTM):
         sizes = (self.input_size, self.hidden_size, self.proj_size, *layout)
         dtype = None
         autocast = torch.is_autocast_enabled("cpu")
+        plain = not (observed or autocast or torch.is_grad_enabled())
+        if self.num_layers > 1 and self.dropout and self.training:
+            plain = False  # dropout comes between the layers
+        if plain and not ragged:
+            found = _core.infer(x, hx, weights, *sizes, (), torch.get_num_threads())
+            if found is not None:
+                y, states = found
+                return (y.transpose(0, 1), states) if self.batch_first and y.dim() == 3 else found
         if observed or autocast or not _core.fits(x, hx, weights, *sizes):
             packed = None if observed else _cuda_layer.served(self, input, hx, weights)
             if packed is None:
@@ -136,16 +144,17 @@ class LSTM(torch.nn.LSTM):
                     run = _transforms.run_layer
             x, hx, weights = packed
 
-        at_once = run is run_layer and self._runs_at_once(x, hx, weights)
-        if at_once:
-            run = partial(run_layers, self.num_layers)
         if not ragged:
-            y, (h, c) = self._run(x, hx, weights, run, at_once)
+            y, (h, c) = self._run(x, hx, weights, run)
         else:
             if hx is not None:
                 hx = self.permute_hidden(hx, input.sorted_indices)
-            run = partial(run, batch_sizes=batch_sizes)
-            data, h, c = self._layers(x, hx, weights, run, at_once)
+            found = None
+            if plain:
+                threads = torch.get_num_threads()
+                found = _core.infer(x, hx, weights, *sizes, batch_sizes, threads)
+            layer = partial(run, batch_sizes=batch_sizes)
+            data, (h, c) = found or self._layers(x, hx, weights, layer)
             y = PackedSequence(
                 data, input.batch_sizes, input.sorted_indices, input.unsorted_indices
             )
@@ -161,18 +170,7 @@ class LSTM(torch.nn.LSTM):
         self._weights_have_changed()  # type: ignore[no-untyped-call]
         return [getattr(self, n) if hasattr(self, n) else None for n in names]
 
-    def _runs_at_once(self, x: Tensor, hx: Any, weights: list[Any]) -> bool:
-        """Return whether one call runs several layers: where nothing is done or kept between them.
-
-        Half precision is rounded there, as when training.
-        """
-        if self.num_layers == 1 or (self.dropout and self.training):
-            return False
-        h0, c0 = hx or (None, None)
-        plain = x.is_cpu and x.dtype not in _tensors.HALF
-        return plain and not wants_grad(x, h0, c0, weights)
-
-    def _run(self, x: Any, hx: Any, weights: list[Any], layer: Any, at_once: bool = False) -> Any:
+    def _run(self, x: Any, hx: Any, weights: list[Any], layer: Any) -> Any:
         """Run a dense batch, or no batch, in the layout that the caller has."""
         batched = x.dim() == 3
         if not batched:
@@ -180,19 +178,19 @@ class LSTM(torch.nn.LSTM):
             hx = None if hx is None else [state.unsqueeze(1) for state in hx]
         elif self.batch_first:
             x = x.transpose(0, 1)
-        y, h, c = self._layers(x, hx, weights, layer, at_once)
+        y, (h, c) = self._layers(x, hx, weights, layer)
         if not batched:
             return y.squeeze(1), (h.squeeze(1), c.squeeze(1))
         return y.transpose(0, 1) if self.batch_first else y, (h, c)
 
     def _layers(
-        self, x: Tensor, hx: Any, weights: list[Tensor], layer: Any, at_once: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, x: Tensor, hx: Any, weights: list[Tensor], layer: Any
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         directions = 2 if self.bidirectional else 1
         h0, c0 = hx or (None, None)
-        if self.num_layers == 1 or at_once:
-            result: tuple[Tensor, Tensor, Tensor] = layer(directions, x, h0, c0, weights)
-            return result
+        if self.num_layers == 1:
+            y, h, c = layer(directions, x, h0, c0, weights)
+            return y, (h, c)
         per_layer = len(weights) // self.num_layers
         states = []
         for k in range(self.num_layers):
@@ -208,7 +206,7 @@ class LSTM(torch.nn.LSTM):
             if self.dropout and self.training and k < self.num_layers - 1:
                 x = torch.dropout(x, self.dropout, True)
         h, c = (torch.cat(parts) for parts in zip(*states, strict=True))
-        return x, h, c
+        return x, (h, c)
 
     def _traced(self, input: Any, hx: Any, weights: list[Any]) -> Any:
         """Run as operators, one for each layer."""
@@ -233,8 +231,9 @@ class LSTM(torch.nn.LSTM):
         else:
             state = self.permute_hidden(state, input.sorted_indices)
         layer = partial(_ops.layer_of_graph, batch_sizes=input.batch_sizes)
-        results = self._layers(x, state, packed, layer)
-        y, h, c = results if dtype is None else [result.to(dtype) for result in results]
+        y, (h, c) = self._layers(x, state, packed, layer)
+        if dtype is not None:
+            y, h, c = (result.to(dtype) for result in (y, h, c))
         y = PackedSequence(y, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
         return y, self.permute_hidden((h, c), input.unsorted_indices)
 
@@ -330,6 +329,10 @@ class LSTMCell(torch.nn.LSTMCell):
         dtype = None
         readable = True
         autocast = torch.is_autocast_enabled("cpu")
+        if not (observed or autocast or torch.is_grad_enabled()):
+            found = _core.infer(input, hx, weights, *sizes, (), torch.get_num_threads())
+            if found is not None:
+                return found
         if observed or autocast or not _core.fits(input, hx, weights, *sizes):
             dtype = _autocast_dtype(input, hx, weights)
             packed = _packed(input, hx, weights, dtype)
