@@ -33,10 +33,7 @@ def _observed() -> bool:
 
 
 def _autocast_dtype(x: Any, hx: Any, weights: list[Any]) -> torch.dtype | None:
-    """Return the dtype of the results where autocast decides it, else None.
-
-    All before them is in float32 then.
-    """
+    """Return the dtype that autocast gives the tensors of a call, else None."""
     if not torch.is_autocast_enabled("cpu"):
         return None
     tensors = [x, *(hx if isinstance(hx, (tuple, list)) else ()), *weights]
@@ -45,6 +42,13 @@ def _autocast_dtype(x: Any, hx: Any, weights: list[Any]) -> torch.dtype | None:
         for t in tensors
     )
     return torch.get_autocast_dtype("cpu") if narrow else None
+
+
+def _autocast_dtype_of_cell(x: Any, hx: Any, weights: list[Any]) -> torch.dtype | None:
+    """Return the same for a cell, whose results promote c, which nn.LSTMCell does not cast."""
+    dtype = _autocast_dtype(x, hx, weights)
+    c = hx[-1] if isinstance(hx, (tuple, list)) and hx else x
+    return None if dtype is None else torch.promote_types(c.dtype, dtype)
 
 
 # What torch says of a state of another dtype, where the operator it came to minds.
@@ -62,12 +66,12 @@ def _wrong_dtype(hx: Any, expected: torch.dtype) -> RuntimeError | None:
 def _packed(
     input: Any, hx: Any, weights: list[Any], dtype: torch.dtype | None
 ) -> tuple[Any, Any, list[Any]]:
-    """Return tensors contiguous, under autocast in float32, and the rest as it came."""
+    """Return tensors contiguous, under autocast in its dtype, and the rest as it came."""
 
     def packed(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.layout is not torch.strided:
             return value
-        return (value if dtype is None else value.float()).contiguous()
+        return (value if dtype is None else value.to(dtype)).contiguous()
 
     if isinstance(hx, (tuple, list)):
         hx = [packed(state) for state in hx]
@@ -94,8 +98,8 @@ class LSTM(torch.nn.LSTM):
     """`torch.nn.LSTM` on the kernels of fastlstm: the same constructor, parameters and results.
 
     float32 and float64 CPU tensors run on the kernels, forward and backward, packed sequences and
-    `proj_size` included; so do bfloat16, float16 and autocast, with arithmetic in float32. What
-    tensors in half precision keep for backward is in half precision; under autocast it is not.
+    `proj_size` included; so do bfloat16, float16 and autocast, with arithmetic in float32 and what
+    is kept for backward in half precision.
     `torch.compile`, `torch.export` and dispatch modes see one operator for each layer,
     `torch.onnx.export` the LSTM operator of ONNX. `torch.func` and autograd of any order work, on
     the kernels for `grad`, `vjp`, `jacrev` and `vmap`; forward mode and derivatives of derivatives
@@ -123,7 +127,6 @@ class LSTM(torch.nn.LSTM):
         N = batch_sizes[0] if ragged else 0
         layout = (self.num_layers, 2 if self.bidirectional else 1, self.batch_first, 3, N)
         sizes = (self.input_size, self.hidden_size, self.proj_size, *layout)
-        dtype = None
         autocast = torch.is_autocast_enabled("cpu")
         plain = not (observed or autocast or torch.is_grad_enabled())
         if self.num_layers > 1 and self.dropout and self.training:
@@ -136,8 +139,7 @@ class LSTM(torch.nn.LSTM):
         if observed or autocast or not _core.fits(x, hx, weights, *sizes):
             packed = None if observed else _cuda_layer.served(self, input, hx, weights)
             if packed is None:
-                dtype = _autocast_dtype(x, hx, weights)
-                packed = _packed(x, hx, weights, dtype)
+                packed = _packed(x, hx, weights, _autocast_dtype(x, hx, weights))
                 if observed or not _core.fits(*packed, *sizes):
                     if not self._serves(*packed, input.batch_sizes if ragged else None):
                         return self._as_torch(input, hx, weights)
@@ -159,7 +161,7 @@ class LSTM(torch.nn.LSTM):
                 data, input.batch_sizes, input.sorted_indices, input.unsorted_indices
             )
             h, c = self.permute_hidden((h, c), input.unsorted_indices)
-        return (y, (h, c)) if dtype is None else (y.to(dtype), (h.to(dtype), c.to(dtype)))
+        return y, (h, c)
 
     def _computed_weights(self) -> list[Any]:
         """Return the weights where some are no parameters."""
@@ -223,18 +225,15 @@ class LSTM(torch.nn.LSTM):
             return self._as_torch(input, hx, weights)
 
         if not ragged:
-            y, (h, c) = self._run(x, state, packed, _transforms.run_layer)
-            return (y, (h, c)) if dtype is None else (y.to(dtype), (h.to(dtype), c.to(dtype)))
+            return self._run(x, state, packed, _transforms.run_layer)
         if state is None:  # the operator reads N off the state
             H, P = self.hidden_size, self.proj_size or self.hidden_size
             state = [x.new_zeros(layout[0] * layout[1], N, size) for size in (P, H)]
         else:
             state = self.permute_hidden(state, input.sorted_indices)
         layer = partial(_ops.layer_of_graph, batch_sizes=input.batch_sizes)
-        y, (h, c) = self._layers(x, state, packed, layer)
-        if dtype is not None:
-            y, h, c = (result.to(dtype) for result in (y, h, c))
-        y = PackedSequence(y, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
+        data, (h, c) = self._layers(x, state, packed, layer)
+        y = PackedSequence(data, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
         return y, self.permute_hidden((h, c), input.unsorted_indices)
 
     def _serves(self, x: Any, hx: Any, weights: list[Any], batch_sizes: Tensor | None) -> bool:
@@ -326,7 +325,6 @@ class LSTMCell(torch.nn.LSTMCell):
         if observed and torch._C._get_tracing_state() is not None:
             return super().forward(input, hx)
         sizes = (self.input_size, self.hidden_size, 0, 1, 1, False, 2, 0)
-        dtype = None
         readable = True
         autocast = torch.is_autocast_enabled("cpu")
         if not (observed or autocast or torch.is_grad_enabled()):
@@ -334,8 +332,7 @@ class LSTMCell(torch.nn.LSTMCell):
             if found is not None:
                 return found
         if observed or autocast or not _core.fits(input, hx, weights, *sizes):
-            dtype = _autocast_dtype(input, hx, weights)
-            packed = _packed(input, hx, weights, dtype)
+            packed = _packed(input, hx, weights, _autocast_dtype_of_cell(input, hx, weights))
             readable = not observed and _core.fits(*packed, *sizes)
             if not readable and not self._serves(*packed):
                 return super().forward(input, hx)
@@ -353,11 +350,11 @@ class LSTMCell(torch.nn.LSTMCell):
             h, c, *_ = run_step(input, h0, c0, weights, keep=False)
         if not batched:
             h, c = h.squeeze(0), c.squeeze(0)
-        return (h, c) if dtype is None else (h.to(dtype), c.to(dtype))
+        return h, c
 
     def _traced(self, input: Any, hx: Any, weights: list[Any]) -> Any:
         """Run as the operator of a layer at T = 1."""
-        dtype = _autocast_dtype(input, hx, weights)
+        dtype = _autocast_dtype_of_cell(input, hx, weights)
         given = input, hx, weights
         x, state, weights = given if dtype is None else _packed(*given, dtype)
         sizes = (self.input_size, self.hidden_size, 0, 1, 1, False, 2, None)
@@ -370,8 +367,7 @@ class LSTMCell(torch.nn.LSTMCell):
             state = None if state is None else [part.unsqueeze(0) for part in state]
         h0, c0 = state or (None, None)
         _, h, c = _transforms.run_layer(1, x, h0, c0, weights)
-        h, c = h[step], c[step]
-        return (h, c) if dtype is None else (h.to(dtype), c.to(dtype))
+        return h[step], c[step]
 
     def _serves(self, x: Any, hx: Any, weights: list[Any]) -> bool:
         """Return whether this is a right call on CPU tensors of one floating dtype.
