@@ -173,7 +173,7 @@ inline bool is_exactly_numpy(pybind11::handle object) {
 }
 
 // The array behind `object`; false where it is none of floats in this CPU's memory. Half precision
-// is torch's only, and for fits() alone.
+// is torch's only; what the kernels get never has it.
 inline bool view(pybind11::handle object, Array* out) {
   if (is_torch(object))
     return torch.exchange ? detail::view_dlpack(object, out) : detail::view_attributes(object, out);

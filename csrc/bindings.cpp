@@ -298,7 +298,7 @@ py::object infer(py::handle x, py::handle state, py::handle weights, int64_t D, 
   Call call;
   if (!read(x, states, weights, made, packed, &call) || call.x.half() || !is_torch(x))
     return py::none();
-  const auto [T, N] = std::pair(call.T, call.N);
+  // Sizes below zero are left out.
   const auto new_tensor = [&](std::initializer_list<int64_t> shape, Array* array) {
     static PyObject* const new_empty = PyUnicode_InternFromString("new_empty");
     // Sizes one by one, which torch reads faster than a tuple.
@@ -306,29 +306,29 @@ py::object infer(py::handle x, py::handle state, py::handle weights, int64_t D, 
     PyObject* given[4] = {x.ptr()};
     size_t count = 1;
     for (const int64_t size : shape) {
+      if (size < 0) continue;
       sizes[count - 1] = py::int_(size);
       given[count] = sizes[count - 1].ptr();
       ++count;
     }
-    PyObject* const made = PyObject_VectorcallMethod(new_empty, given, count, nullptr);
-    if (!made) throw py::error_already_set();
-    py::object tensor = py::reinterpret_steal<py::object>(made);
+    PyObject* const found = PyObject_VectorcallMethod(new_empty, given, count, nullptr);
+    if (!found) throw py::error_already_set();
+    py::object tensor = py::reinterpret_steal<py::object>(found);
     if (!view(tensor, array)) throw std::runtime_error("new_empty: no memory to write");
     return tensor;
   };
   const int64_t output = made.output(), parts = made.parts();
+  const int64_t batch = call.batched ? call.N : -1;
   Array input = call.x, y, h_n, c_n;
   py::object results[3];
   if (dims == 2) {
-    results[1] = call.batched ? new_tensor({N, H}, &y) : new_tensor({H}, &y);
-    results[2] = call.batched ? new_tensor({N, H}, &c_n) : new_tensor({H}, &c_n);
+    results[1] = new_tensor({batch, H}, &y);
+    results[2] = new_tensor({batch, H}, &c_n);
   } else {
-    results[0] = packed         ? new_tensor({call.x.shape[0], directions * output}, &y)
-                 : call.batched ? new_tensor({T, N, directions * output}, &y)
-                                : new_tensor({T, directions * output}, &y);
-    results[1] =
-        call.batched ? new_tensor({parts, N, output}, &h_n) : new_tensor({parts, output}, &h_n);
-    results[2] = call.batched ? new_tensor({parts, N, H}, &c_n) : new_tensor({parts, H}, &c_n);
+    const int64_t rows = packed ? call.x.shape[0] : call.T;
+    results[0] = new_tensor({rows, packed ? -1 : batch, directions * output}, &y);
+    results[1] = new_tensor({parts, batch, output}, &h_n);
+    results[2] = new_tensor({parts, batch, H}, &c_n);
   }
   if (!call.batched) {
     input = input.with_one(dims - 2);

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ._tensors import HALF, narrowed, widened
+from ._tensors import HALF, layer_in_float32, narrowed, widened
 
 Rows = Sequence[Tensor]  # a tensor for h and one for c, with the same number of rows
 
@@ -167,11 +167,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, h_n and c_n of a layer; arguments and shapes are those of `_torch.run_forward`."""
     if x.dtype in HALF:
-        dtype = x.dtype
-        x, h0, c0 = widened(x, h0, c0)
-        results = forward(directions, x, h0, c0, widened(*weights), batch_sizes)
-        y, h_n, c_n = narrowed(dtype, *results)
-        return y, h_n, c_n
+        return layer_in_float32(forward, directions, x, h0, c0, weights, batch_sizes)
     with torch.autocast("cpu", enabled=False):
         found = _run(directions, batch_sizes, x, h0, c0, weights)
         y = torch.cat([one.rows_of("h") for one in found], -1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._tensors import HALF, narrowed, widened
+from ._tensors import HALF, layer_in_float32
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -33,11 +33,7 @@ def layer(
         With a projection, which the operator does not have.
     """
     if x.dtype in HALF:
-        dtype = x.dtype
-        x, h0, c0 = widened(x, h0, c0)
-        results = layer(directions, x, h0, c0, widened(*weights), batch_sizes)
-        y, h_n, c_n = narrowed(dtype, *results)
-        return y, h_n, c_n
+        return layer_in_float32(layer, directions, x, h0, c0, weights, batch_sizes)
     count = len(weights) // directions
     H = weights[0].shape[0] // 4
     if count % 2:

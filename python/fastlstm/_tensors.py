@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,14 +19,29 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {"cpu": (torch.float32, torch.float
 
 
 def widened(*tensors: Tensor | None) -> list[Any]:
-    """Return tensors in float32, contiguous."""
-    keep_order = torch.contiguous_format  # else rows of a tensor that overlaps itself are torn
-    return [None if t is None else t.to(torch.float32, memory_format=keep_order) for t in tensors]
+    """Return tensors in float32, contiguous: else windows that overlap could lose their rows."""
+    packed = torch.contiguous_format
+    return [None if t is None else t.to(torch.float32, memory_format=packed) for t in tensors]
 
 
 def narrowed(half: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
     """Return tensors of float32 in half precision."""
     return tuple(None if tensor is None else tensor.to(half) for tensor in tensors)
+
+
+def layer_in_float32(
+    layer: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    directions: int,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `layer` does for tensors in half precision, computed in float32."""
+    states = widened(x, h0, c0)
+    y, h_n, c_n = narrowed(x.dtype, *layer(directions, *states, widened(*weights), batch_sizes))
+    return y, h_n, c_n
 
 
 def weight_shapes(
