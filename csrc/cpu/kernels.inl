@@ -204,7 +204,7 @@ void sum_rows(Rows<const T> a, int64_t count, int64_t m0, int64_t m1, T* out, bo
 // ---- products -----------------------------------------------------------------------------------
 
 template <class T>
-void product(const Product<T>& in, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+void one_pass(const Product<T>& in, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
   constexpr int VL = lanes<T>();
   for (int64_t p = p0; p < p1; ++p) {
     const T* b = in.b.at(p);
@@ -254,6 +254,27 @@ void product(const Product<T>& in, int64_t m0, int64_t m1, int64_t p0, int64_t p
             }
           });
         });
+  }
+}
+
+// Longest depth of a pass: its part of a panel stays in L2 while the rows go by, and rereading C
+// costs little.
+constexpr int64_t kPass = 1024;
+
+template <class T>
+void product(const Product<T>& in, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+  if (in.depth <= kPass) return one_pass(in, m0, m1, p0, p1);
+  const int64_t passes = (in.depth + kPass - 1) / kPass;
+  Product<T> pass = in;
+  for (int64_t i = 0; i < passes; ++i) {
+    const int64_t k = in.depth * i / passes;
+    pass.depth = in.depth * (i + 1) / passes - k;
+    pass.a.data = in.a.data + k;
+    pass.b.data = in.b.data + k * in.b.row_step;
+    pass.b.tail = in.b.tail + k * in.b.tail_row_step;
+    one_pass(pass, m0, m1, p0, p1);
+    pass.start = nullptr;
+    pass.accumulate = true;
   }
 }
 
