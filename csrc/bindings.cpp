@@ -424,6 +424,12 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("fits", &fits);
   m.def("infer", &infer);
   m.def("use_torch", &use_torch);
+  py::class_<Block>(m, "Block", py::buffer_protocol(), "Memory of so many bytes, not cleared.")
+      .def(py::init<int64_t>(), py::arg("size"))
+      .def_buffer([](const Block& block) {
+        return py::buffer_info(static_cast<uint8_t*>(block.data()), block.size());
+      });
+  m.attr("LARGE") = Block::kLarge;
 
   m.def("default_threads", &default_threads);
   m.def("compiled_isas", &compiled_isas);

@@ -1,10 +1,13 @@
-// One allocation for the scratch memory of passes that run together, handed out piece by piece.
+// Memory: huge pages, the scratch memory of passes that run together, and the blocks that Python
+// holds from a forward pass to its backward pass.
 #pragma once
 
 #include <sys/mman.h>
 
 #include <cstdint>
+#include <mutex>
 #include <new>
+#include <vector>
 
 namespace fastlstm {
 
@@ -91,6 +94,86 @@ class Workspace {
 
   char* memory_ = nullptr;
   int64_t size_ = 0;
+};
+
+// A large block of memory, from those that were given back where one fits: a training step then
+// writes the pages of the step before, not fresh ones that the system has to find and zero. Those
+// kept are marked as free to take where the system runs short of memory.
+class Block {
+ public:
+  explicit Block(int64_t size) : size_(size), room_((size + kHuge - 1) / kHuge * kHuge) {
+    if (size <= 0 || size > kMost) throw std::bad_alloc();
+    if (!pool().take(&memory_, &room_)) {
+      memory_ = ::operator new(size_t(room_), std::align_val_t(kHuge));
+      madvise(memory_, size_t(room_), MADV_HUGEPAGE);
+    }
+  }
+  ~Block() {
+    if (!pool().give(memory_, room_)) ::operator delete(memory_, std::align_val_t(kHuge));
+  }
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+
+  void* data() const { return memory_; }
+  int64_t size() const { return size_; }
+
+  static constexpr int64_t kLarge = 4 << 20;  // smaller memory is as well from malloc
+
+ private:
+  // Blocks nobody holds, the longest unused first. It never waits: where another thread is at it,
+  // or was when this process forked, there is memory without it.
+  class Pool {
+   public:
+    // A block of the room asked for or up to a quarter more.
+    bool take(void** memory, int64_t* room) {
+      const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+      if (!lock) return false;
+      auto best = free_.end();
+      for (auto it = free_.begin(); it != free_.end(); ++it)
+        if (it->room >= *room && it->room - *room <= *room / 4 &&
+            (best == free_.end() || it->room <= best->room))
+          best = it;
+      if (best == free_.end()) return false;
+      *memory = best->memory;
+      *room = best->room;
+      total_ -= best->room;
+      free_.erase(best);
+      return true;
+    }
+    bool give(void* memory, int64_t room) {
+      const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+      if (!lock || room > kKept) return false;
+      while (total_ + room > kKept) {
+        total_ -= free_.front().room;
+        ::operator delete(free_.front().memory, std::align_val_t(kHuge));
+        free_.erase(free_.begin());
+      }
+      madvise(memory, size_t(room), MADV_FREE);
+      free_.push_back({memory, room});
+      total_ += room;
+      return true;
+    }
+
+   private:
+    struct Free {
+      void* memory;
+      int64_t room;
+    };
+    static constexpr int64_t kKept = 256 << 20;
+    std::mutex mutex_;
+    std::vector<Free> free_;
+    int64_t total_ = 0;
+  };
+  // Never destroyed: arrays may live longer than the statics of this library.
+  static Pool& pool() {
+    static Pool& one = *new Pool;
+    return one;
+  }
+
+  static constexpr int64_t kHuge = 2 << 20;
+  static constexpr int64_t kMost = int64_t(1) << 62;
+  int64_t size_, room_;
+  void* memory_ = nullptr;
 };
 
 }  // namespace fastlstm

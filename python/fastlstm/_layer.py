@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,14 @@ from ._config import get_num_threads
 
 # weight_ih, weight_hh, bias_ih, bias_hh of each direction in turn; a bias may be None.
 Weights = list[Any]
+
+
+def _memory_to_keep(shape: tuple[int, ...], dtype: Any) -> Array:
+    """Return memory for what only the backward pass reads: if large, that of an earlier step."""
+    size = prod(shape) * dtype.itemsize
+    if size < _core.LARGE:
+        return np.empty(shape, dtype)
+    return np.frombuffer(memoryview(_core.Block(size)), dtype).reshape(shape)
 
 
 class LayerTape:
@@ -42,8 +51,8 @@ class LayerTape:
         self._c0 = c0
         self._y = y
         self._reverse = reverse
-        self._gates = np.empty((directions, T, N, 4 * H), y.dtype)
-        self._cells = np.empty((directions, T, N, H), y.dtype)
+        self._gates = _memory_to_keep((directions, T, N, 4 * H), y.dtype)
+        self._cells = _memory_to_keep((directions, T, N, H), y.dtype)
         self._batched = True
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -90,10 +91,20 @@ def new_results(
     y = x.new_empty(*time, directions * P)
     h_n = x.new_empty(directions, N, P)
     c_n = x.new_empty(directions, N, H)
-    gates = x.new_empty(directions, *time, 4 * H) if keep else None
-    cells = x.new_empty(directions, *time, H) if keep else None
-    raw = x.new_empty(directions, *time, H) if keep and projects else None
+    gates = memory_to_keep(x, directions, *time, 4 * H) if keep else None
+    cells = memory_to_keep(x, directions, *time, H) if keep else None
+    raw = memory_to_keep(x, directions, *time, H) if keep and projects else None
     return y, h_n, c_n, (gates, cells, raw)
+
+
+def memory_to_keep(like: Tensor, *shape: int) -> Tensor:
+    """Return memory for what only the backward pass reads: if large, that of an earlier step."""
+    if type(like) is not Tensor or not like.is_cpu:
+        return like.new_empty(shape)
+    size = prod(shape) * like.itemsize
+    if size < _core.LARGE:
+        return like.new_empty(shape)
+    return torch.frombuffer(_core.Block(size), dtype=like.dtype).view(shape)
 
 
 def observed() -> bool:
