@@ -195,8 +195,25 @@ def test_many_tiles(emulated, math, threads):
     check({"T": 2, "N": 37, "D": 2, "H": 33 if threads == 32 else 13}, math)
 
 
+@pytest.mark.parametrize("path", ["cluster", "grid", "stream"])
+@pytest.mark.parametrize(
+    ("math", "threads", "chunks"), [("bf16", 32, 1), ("f16", 32, 2), ("tf32", 64, 1)]
+)
+def test_weights_in_registers_and_in_memory(emulated, math, threads, chunks, path):
+    """Backward some 70 k-steps, in one or two splits or chunks: more than the registers take."""
+    if path == "cluster":
+        chunks = 1
+    H = 140 if math == "tf32" else 280 if chunks == 2 else 140
+    blocks = -(-H // 16)
+    emulated(math, path, blocks=blocks, rows=2, threads=threads, chunks=chunks)
+    _, _, kept = _cuda_plan.memory(math, True, H, -(-H // blocks), 2, threads, chunks, path)
+    _, _, all_of_them = _cuda_plan.memory("f32", True, H, 16, 2, threads, chunks, path)
+    assert 0 < kept < all_of_them
+    check({"T": 3, "N": 2, "D": 2, "H": H}, math)
+
+
 def test_a_real_plan(emulated):
-    device = _cuda_plan.Device(8, 0, 6, 24000, True)
+    device = _cuda_plan.Device(8, 0, 6, 8000, True)
     found = _cuda_plan.plan(9, 40, 1, "bf16", True, device, 40)
     assert found.path == "grid"
     emulated("bf16", "grid", blocks=found.blocks, rows=found.rows, threads=found.threads)

@@ -109,6 +109,13 @@ FASTLSTM_DEVICE Storage for_product(Storage v) {
   }
 }
 
+// Neighbouring elements as the register of a fragment that holds them.
+FASTLSTM_DEVICE uint32_t word_of(const float (&v)[1]) { return __float_as_uint(v[0]); }
+template <class Half>
+FASTLSTM_DEVICE uint32_t word_of(const Half (&v)[2]) {
+  return v[0].bits | uint32_t(v[1].bits) << 16;
+}
+
 FASTLSTM_DEVICE float exponential(float v) { return expf(v); }
 FASTLSTM_DEVICE double exponential(double v) { return exp(v); }
 FASTLSTM_DEVICE float hyperbolic_tangent(float v) { return tanhf(v); }

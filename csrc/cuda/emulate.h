@@ -149,7 +149,7 @@ inline void unpack(T (&to)[16 / sizeof(T)], const Vec16& v) {
 }
 
 template <class To, class From>
-inline To bits_as(From from) {
+inline To bits_as(const From& from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   std::memcpy(&to, &from, sizeof(To));
@@ -185,6 +185,12 @@ inline Storage for_product(Storage v) {
   } else {
     return v;
   }
+}
+
+template <class Storage, int N>
+inline uint32_t word_of(const Storage (&v)[N]) {
+  static_assert(sizeof(v) == 4);
+  return bits_as<uint32_t>(v);
 }
 
 inline float exponential(float v) { return std::exp(v); }

@@ -85,6 +85,8 @@ struct Block {
   using Storage = typename Types<kMath>::Storage;
   using Sum = typename Types<kMath>::Sum;
 
+  static constexpr int kPerWord = sizeof(Storage) < 4 ? 4 / int(sizeof(Storage)) : 1;
+
   const Recurrence& p;
   const Layout l;
   const int thread, group, rank, direction;
@@ -92,6 +94,7 @@ struct Block {
   char* const shared;
   int slot = 0;  // of the two operands, the one that was published last
   int tick = 0;  // exchanges begun
+  Vec16 held[on_tensor_cores(kMath) ? kHeld : 1];
 
   FASTLSTM_DEVICE explicit Block(const Recurrence& p)
       : p(p),
@@ -136,28 +139,61 @@ struct Block {
     return p.scratch ? load_from_l2(reinterpret_cast<const Vec16*>(scratch()) + place)
                      : reinterpret_cast<const Vec16*>(shared)[place];
   }
-  // Where element (m, k) of the weights lies. On tensor cores: in the order in which a lane's four
-  // registers of the A fragment of one mma are read, as one 16-byte load; each register holds the
-  // words (row g, word t), (g + 8, t), (g, t + 4), (g + 8, t + 4), where lane = 4 * g + t.
-  FASTLSTM_DEVICE Storage& weight(int m, int k) const {
+  // Element (m, k) of the weights, in W_hh; 0 where they are padded.
+  FASTLSTM_DEVICE Storage element(int m, int k) const {
+    const int gate = kBackward ? 0 : m / p.units, u = kBackward ? m : m % p.units;
+    const int64_t from =
+        kBackward ? int64_t(k) * p.H + unit0 + u : (int64_t(gate) * p.H + unit0 + u) * p.H + k;
+    const bool exists = k < (kBackward ? 4 * p.H : p.H) && u < units && gate < 4;
+    return exists ? static_cast<const Storage*>(p.weight[direction])[from] : Storage{};
+  }
+  // The k-steps of the first chunk begin here for a split.
+  FASTLSTM_DEVICE int first_step(int split) const { return l.chunk_steps * split / l.splits; }
+  // Writes element (m, k) of the weights where `product` reads it, if no register holds it. On
+  // tensor cores in the order in which a lane's four registers of the A fragment of one mma are
+  // read, as one 16-byte load; each register holds the words (row g, word t), (g + 8, t),
+  // (g, t + 4), (g + 8, t + 4), where lane = 4 * g + t.
+  FASTLSTM_DEVICE void keep(int m, int k, Storage value) const {
     Storage* const first = reinterpret_cast<Storage*>(p.scratch ? scratch() : shared);
     if constexpr (on_tensor_cores(kMath)) {
-      constexpr int kPerWord = 4 / int(sizeof(Storage));
       const int word = k / kPerWord, step = word / 8;
+      int before = l.held * l.splits;  // k-steps in registers
+      if (step < l.chunk_steps) {
+        const int split = ((step + 1) * l.splits - 1) / l.chunk_steps;
+        if (step - first_step(split) < l.held) return;
+        before = l.held * (split + 1);
+      }
       const int lane = m % 8 * 4 + word % 4, reg = m % 16 / 8 + word % 8 / 4 * 2;
-      const int fragment = (m / 16 * l.k_steps + step) * kWarp + lane;
-      return first[(fragment * 4 + reg) * kPerWord + k % kPerWord];
+      const int fragment = (m / 16 * l.kept_steps + step - before) * kWarp + lane;
+      first[(fragment * 4 + reg) * kPerWord + k % kPerWord] = value;
     } else {
-      return first[m * l.weight_stride + k];
+      first[m * l.weight_stride + k] = value;
+    }
+  }
+  // Fills the registers: the same order, straight from W_hh.
+  FASTLSTM_DEVICE void hold() {
+    const int job = thread / kWarp, lane = thread % kWarp;
+    const int m = job % l.m_tiles, step = first_step(job / l.m_tiles);
+    FASTLSTM_UNROLL
+    for (int i = 0; i < kHeld; ++i) {
+      if (i >= l.held || job >= l.m_tiles * l.splits) continue;
+      FASTLSTM_UNROLL
+      for (int reg = 0; reg < 4; ++reg) {
+        const int row = m * 16 + lane / 4 + reg % 2 * 8;
+        const int k = ((step + i) * 8 + lane % 4 + reg / 2 * 4) * kPerWord;
+        Storage parts[kPerWord];
+        FASTLSTM_UNROLL
+        for (int j = 0; j < kPerWord; ++j) parts[j] = for_product<kMath>(element(row, k + j));
+        held[i].words[reg] = word_of(parts);
+      }
     }
   }
 
-  // Copies this block's part of W_hh into shared memory, padded with zeros, and clears the
-  // operands.
+  // Copies this block's part of W_hh into registers and shared memory, padded with zeros, and
+  // clears the operands.
   FASTLSTM_DEVICE void begin() {
-    const Storage* const w = static_cast<const Storage*>(p.weight[direction]);
-    const int K = kBackward ? 4 * p.H : p.H;
     const int k_padded = l.k_steps * 32 / int(sizeof(Storage));
+    if constexpr (on_tensor_cores(kMath)) hold();
     for (int first = thread; first < l.m_rows * k_padded; first += kBatch * p.threads) {
       Storage values[kBatch];
       const auto each = [&](auto&& f) {
@@ -170,13 +206,8 @@ struct Block {
               kBackward ? i / l.m_rows : i % k_padded);
         }
       };
-      each([&](Storage& value, int m, int k) {
-        const int gate = kBackward ? 0 : m / p.units, u = kBackward ? m : m % p.units;
-        const int64_t from =
-            kBackward ? int64_t(k) * p.H + unit0 + u : (int64_t(gate) * p.H + unit0 + u) * p.H + k;
-        value = k < K && u < units && gate < 4 ? w[from] : Storage{};
-      });
-      each([&](Storage& value, int m, int k) { weight(m, k) = for_product<kMath>(value); });
+      each([&](Storage& value, int m, int k) { value = element(m, k); });
+      each([&](Storage& value, int m, int k) { keep(m, k, for_product<kMath>(value)); });
     }
     for (int i = l.operand / 16 + thread; i < l.partial / 16; i += p.threads)
       reinterpret_cast<Vec16*>(shared)[i] = Vec16{};
@@ -296,13 +327,22 @@ struct Block {
     const int steps = at_most(l.chunk_steps, l.k_steps - before);
     const int end = steps * (split + 1) / l.splits;
     int k = steps * split / l.splits;
+    if constexpr (on_tensor_cores(kMath)) {
+      if (chunk == 0) {
+        FASTLSTM_UNROLL
+        for (int i = 0; i < kHeld; ++i)
+          if (i < l.held) add(sums[i % kChains], held[i], from, n, k + i);
+        k += l.held;
+      }
+    }
+    const int kept = before - l.held * (chunk ? l.splits : split + 1);
     for (; k + kChains <= end; k += kChains) {
       FASTLSTM_UNROLL
       for (int chain = 0; chain < kChains; ++chain)
-        multiply(sums[chain], from, m, n, before, k + chain);
+        multiply(sums[chain], from, m, n, kept, k + chain);
     }
     if constexpr (kChains > 1)
-      for (; k < end; ++k) multiply(sums[0], from, m, n, before, k);
+      for (; k < end; ++k) multiply(sums[0], from, m, n, kept, k);
 
     const int g = thread % kWarp / 4, q = thread % 4;
     FASTLSTM_UNROLL
@@ -318,18 +358,23 @@ struct Block {
     }
   }
 
-  // Adds k-step k of a chunk, that is before + k of all.
+  // Adds k-step k of a chunk with these weights.
+  template <int kTiles>
+  FASTLSTM_DEVICE void add(Sum (&sums)[kTiles][4], const Vec16& a, const Storage* from, int n,
+                           int k) const {
+    const int g = thread % kWarp / 4, q = thread % 4;
+    const int words = l.stride * int(sizeof(Storage)) / 4;
+    const uint32_t* b = reinterpret_cast<const uint32_t*>(from) + (n * 8 + g) * words + k * 8 + q;
+    FASTLSTM_UNROLL
+    for (int j = 0; j < kTiles; ++j) mma<kMath>(sums[j], a, b[j * 8 * words], b[j * 8 * words + 4]);
+  }
+  // Adds k-step k of a chunk, whose weights are those of k-step before + k in memory.
   template <int kTiles>
   FASTLSTM_DEVICE void multiply(Sum (&sums)[kTiles][4], const Storage* from, int m, int n,
                                 int before, int k) const {
     const int lane = thread % kWarp, g = lane / 4, q = lane % 4;
     if constexpr (on_tensor_cores(kMath)) {
-      const Vec16 a = weight16((m * l.k_steps + before + k) * kWarp + lane);
-      const int words = l.stride * int(sizeof(Storage)) / 4;
-      const uint32_t* b = reinterpret_cast<const uint32_t*>(from) + (n * 8 + g) * words + k * 8 + q;
-      FASTLSTM_UNROLL
-      for (int j = 0; j < kTiles; ++j)
-        mma<kMath>(sums[j], a, b[j * 8 * words], b[j * 8 * words + 4]);
+      add(sums, weight16((m * l.kept_steps + before + k) * kWarp + lane), from, n, k);
     } else {
       constexpr int kPer16 = 16 / int(sizeof(Storage));
       // Rows beyond the last are the last once more; nobody reads their sums.

@@ -17,6 +17,7 @@ namespace fastlstm::cuda {
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 256;
 constexpr int kElements = 2;  // most elements of the pointwise step that a thread owns
+constexpr int kHeld = 28;     // most A fragments that a lane holds, in four registers each
 
 // The arithmetic of a kernel: dtype in memory, dtype of sums, and who multiplies.
 enum class Math { bf16, f16, tf32, f32, f64 };
@@ -108,9 +109,12 @@ FASTLSTM_BOTH constexpr int flag_stride(int blocks) { return round_up(blocks, 32
 // adds up in order. Tensor cores read whole tiles, so there weights and operand are padded to them.
 // A group that is no cluster keeps its operands in global memory, in `chunks` parts over K of
 // (r_rows, stride) each; one part at a time is in shared memory.
+// Where each warp has one tile of one split, it holds the first `held` k-steps of that in
+// registers; the other weights, kept_steps of each tile of rows, lie in shared memory.
 struct Layout {
   int m_tiles, n_tiles, k_steps, splits;
   int chunk_steps;                 // k-steps of a part
+  int held, kept_steps;            // k-steps in registers, of a split of the first part; the others
   int m_padded, r_padded;          // of the partial sums
   int m_rows, r_rows;              // of weights and operand in memory
   int weight_stride, stride;       // elements from a row to the next, of weights and operand
@@ -133,13 +137,16 @@ FASTLSTM_BOTH constexpr Layout layout(const Recurrence& p, Math math, bool backw
   l.chunk_steps = (l.k_steps + p.chunks - 1) / p.chunks;
   l.splits = warps / l.m_tiles;
   l.splits = l.splits < 1 ? 1 : l.splits > l.chunk_steps ? l.chunk_steps : l.splits;
+  l.held = on_tensor_cores(math) && l.m_tiles <= warps ? l.chunk_steps / l.splits : 0;
+  l.held = l.held < kHeld ? l.held : kHeld;
+  l.kept_steps = l.k_steps - l.held * l.splits;
   // 16 bytes more than whole k-steps: rows begin 4 banks (mod 8) apart, so that the eight rows of a
   // fragment are read without conflict.
   l.weight_stride = (l.k_steps * 32 + 16) / size;
   l.stride = (l.chunk_steps * 32 + 16) / size;
   l.chunk_bytes = l.r_rows * l.stride * size;
   l.operand_bytes = p.chunks * l.chunk_bytes;
-  l.weight_bytes = l.m_rows * (on_tensor_cores(math) ? l.k_steps * 32 : l.weight_stride * size);
+  l.weight_bytes = l.m_rows * (on_tensor_cores(math) ? l.kept_steps * 32 : l.weight_stride * size);
   l.operand = p.scratch ? 0 : l.weight_bytes;
   l.partial = l.operand + (p.local ? 2 * l.operand_bytes : l.chunk_bytes);
   l.state = l.partial + l.splits * l.r_padded * l.m_padded * sum;

@@ -1,7 +1,8 @@
 """How a pass runs on a CUDA device: a pure function of sizes, arithmetic and device properties.
 
 There are five paths. In the first four one launch walks over all of time, and groups of blocks,
-each block with some hidden units, compute slices of the batch:
+each block with some hidden units, compute slices of the batch. On tensor cores a part of W_hh is
+held in registers; for the rest:
 
 - ``block``: one block holds all of W_hh in its shared memory;
 - ``cluster``: up to eight blocks hold it, which exchange h through each other's shared memory
@@ -27,6 +28,7 @@ _TENSOR_CORES = ("bf16", "f16", "tf32")
 
 THREADS = 256
 ELEMENTS = 2  # most elements of the pointwise step that a thread owns
+HELD = 28  # most k-steps of weights that a warp holds in registers
 CLUSTERS = (2, 4, 8)  # blocks of a cluster, up to what every device with clusters runs
 
 # Nanoseconds of a step outside its product, multiply-adds per nanosecond of a multiprocessor, and
@@ -84,7 +86,7 @@ def memory(
     chunks: int,
     path: str,
 ) -> tuple[int, int, int]:
-    """Return bytes of a block's shared memory, of an operand, of a block's weights: `layout()`."""
+    """Return bytes of a block's shared memory, of an operand, of weights not held: `layout()`."""
     size = STORAGE[math]
     M, K = (units, 4 * H) if backward else (4 * units, H)
     m_padded, r_padded = _round_up(M, 16), _round_up(rows, 8)
@@ -92,13 +94,15 @@ def memory(
     chunk_steps = -(-k_steps // chunks)
     splits = min(max(threads // 32 // (m_padded // 16), 1), chunk_steps)
     tensor_cores = math in _TENSOR_CORES
-    weights = m_padded * k_steps * 32 if tensor_cores else M * (k_steps * 32 + 16)
+    held = min(chunk_steps // splits, HELD) if m_padded // 16 <= threads // 32 else 0
+    kept_steps = k_steps - held * splits
+    weights = m_padded * kept_steps * 32 if tensor_cores else M * (k_steps * 32 + 16)
     chunk = (r_padded if tensor_cores else rows) * (chunk_steps * 32 + 16)
     partial = splits * r_padded * m_padded * SUM[math]
     state = 2 * _round_up(rows * units * SUM[math], 16)
     operands = chunk if path in ("grid", "stream") else 2 * chunk
-    held = 0 if path == "stream" else weights
-    return held + operands + partial + state, chunks * chunk, weights
+    shared = 0 if path == "stream" else weights
+    return shared + operands + partial + state, chunks * chunk, weights
 
 
 def flag_stride(blocks: int) -> int:
@@ -144,6 +148,8 @@ def plan(
         best.path, f"groups of {best.blocks} blocks"
     )
     where = "in the second-level cache" if best.path == "stream" else "in shared memory"
+    if math in _TENSOR_CORES:
+        where = f"in registers and {where}"
     reason = (
         f"{best.path}: {best.groups} x {among}, each with {best.units} units of W_hh {where}, "
         f"{best.rows} batch rows at a time and {_kib(best.shared_bytes)} of shared memory (of "
@@ -197,7 +203,7 @@ def _candidates(
                     break
                 groups = min(slices, max(most, 1))
                 busy = blocks * groups * directions / device.multiprocessors
-                cost = _cost(path, blocks, units, rows, H, math, backward, operand, busy)
+                cost = _cost(path, blocks, units, rows, H, math, backward, operand, weights, busy)
                 cost += _CHUNK * (chunks - 1)
                 cost *= -(-slices // groups)  # slices that a group computes one after the other
                 cut = blocks, units, rows, groups * directions, THREADS, chunks
@@ -216,12 +222,13 @@ def _cost(
     math: str,
     backward: bool,
     operand: int,
+    weights: int,
     busy: float,
 ) -> float:
     M, K = (units, 4 * H) if backward else (4 * units, H)
     m_padded, r_padded = _round_up(M, 16), _round_up(rows, 8)
     product = m_padded * r_padded * K / _PRODUCTS[math]
-    weights = m_padded * K * STORAGE[math] * -(-r_padded // 32)
+    weights *= -(-r_padded // 32)  # times that they are read
     per_byte = max(1 / _L2, busy / _L2_SHARED)  # from the second-level cache
     reads = weights * per_byte if path == "stream" else weights / _SHARED
     published = rows * units * (4 if backward else 1)
