@@ -329,6 +329,55 @@ def test_graph_of_a_training_step(H, exact):
     assert_close(list(ours.parameters()), [p.cpu().double() for p in twin.parameters()], 1e-6)
 
 
+@pytest.mark.parametrize("ragged", [False, True])
+def test_steps_as_a_graph(ragged, exact):
+    """From the second call on the loop is replayed; what one call returned stays."""
+    ours, theirs = pair(torch.float32, 6, 24, proj_size=12, bidirectional=True)
+    kept = []
+    for call in range(4):
+        torch.manual_seed(call)
+        x = torch.randn(9, 4, 6)
+        given = pack_padded_sequence(x, [9, 7, 7, 2]) if ragged else x
+        result = flatten(ours(given.to("cuda")))
+        expected = flatten(theirs(given.to(torch.float64)))
+        for module, parts in ((ours, result), (theirs, expected)):
+            module.zero_grad()
+            sum(part.square().sum() for part in parts).backward()
+        grads = [p.grad.clone() for p in ours.parameters()]
+        kept.append(([*result, *grads], [*expected, *(p.grad for p in theirs.parameters())]))
+    assert any(known is not None for known in _cuda_layer._replays._known.values())
+    for result, expected in kept:
+        assert_close(result, expected, 1e-5)
+
+
+def test_graph_of_a_ragged_step(exact, monkeypatch):
+    monkeypatch.setattr(_cuda_layer._offsets, "_most", 2)
+    ours, _ = pair(torch.float32, 6, 24)
+    twin = copy.deepcopy(ours)
+    static = torch.randn(4, 9, 6, device="cuda")
+
+    def step(rnn, lengths):
+        given = pack_padded_sequence(static, lengths, batch_first=True)
+        return rnn(given)[0].data
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(ours, [9, 8, 8, 1])
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = step(ours, [9, 8, 8, 1])
+    for length in range(1, 4):  # with which the first lengths are forgotten
+        step(ours, [9, 8, length, 1])
+    static.copy_(torch.randn(4, 9, 6))
+    graph.replay()
+    assert_close([y], [step(twin, [9, 8, 8, 1]).cpu().double()], 1e-6)
+    with pytest.raises(RuntimeError, match="lengths of a call before"):
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            step(ours, [9, 3, 3, 2])
+
+
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_compile(bidirectional, exact):
     ours, theirs = pair(torch.float32, 6, 24, bidirectional=bidirectional)

@@ -19,7 +19,14 @@ from fastlstm import reference
 
 torch = pytest.importorskip("torch", reason="tests of the torch side")
 import fastlstm.nn  # noqa: E402
-from fastlstm import _composite, _cuda_layer, _cuda_plan, _ops, _torch  # noqa: E402
+from fastlstm import (  # noqa: E402
+    _composite,
+    _cuda_graphs,
+    _cuda_layer,
+    _cuda_plan,
+    _ops,
+    _torch,
+)
 
 CSRC = Path(__file__).parent.parent / "csrc" / "cuda"
 COMPILER = os.environ.get("CXX", "g++")
@@ -242,6 +249,84 @@ def test_inference_gives_the_bits_of_training(emulated, plan):
         result = _torch.run_layer(1, x.float(), *(s.float() for s in hx), weights)
     for name, value in zip(("y", "h_n", "c_n"), result, strict=True):
         assert np.array_equal(value.double().numpy(), trained[name])
+
+
+class Recorded:
+    """In the place of a CUDA graph: does nothing but what was recorded, when it is replayed."""
+
+    made = 0
+
+    def __init__(self, device, run):
+        type(self).made += 1
+        self.run, self.replayed, self.at_work = run, 0, False
+
+    def replay(self):
+        self.replayed += 1
+        self.run()
+
+    def busy(self):
+        return self.at_work
+
+
+@pytest.fixture
+def replays(emulated, monkeypatch):
+    emulated("f64", "steps")
+    made = _cuda_graphs.Replays(8, type("Fresh", (Recorded,), {}))
+    monkeypatch.setattr(_cuda_layer, "_replays", made)
+    monkeypatch.setattr(_cuda_layer, "_replayable", lambda x: True)
+    monkeypatch.setattr(_cuda_layer, "properties", lambda index: H100)
+    return made
+
+
+def recordings(replays):
+    return [known.recording for known in replays._known.values() if known is not None]
+
+
+@pytest.mark.parametrize("P", [0, 4])
+@pytest.mark.parametrize("state", [True, False])
+@pytest.mark.parametrize("lengths", [None, [4, 3, 1, 1, 1]], ids=["dense", "ragged"])
+def test_steps_replayed(replays, P, state, lengths):
+    config = {**SMALL, "P": P, "directions": 2, "state": state, "lengths": lengths}
+    for call in range(4):
+        check({**config, "seed": call}, "f64")
+        # forward and backward of two directions, recorded in the second call
+        assert [r.replayed for r in recordings(replays)] == [call] * 4 * (call > 0)
+    check({**config, "T": 4, "N": 3, "lengths": lengths and [4, 1, 1]}, "f64")  # others
+    assert len(recordings(replays)) == 4 and len(replays._known) == 8
+
+
+def test_results_outlive_a_replay(replays):
+    rnn, x, _, hx, _ = problem(**SMALL, P=4, dtype=torch.float64)
+    weights = [p.detach() for p in rnn._flat_weights]
+    found = []
+    for mode in (torch.inference_mode, torch.inference_mode, torch.no_grad, torch.no_grad):
+        with mode():
+            found.append((_torch.run_layer(1, x * len(found), *hx, weights), x * len(found)))
+    assert [r.replayed for r in recordings(replays)] == [3]
+    for result, given in found:
+        expected = torch_layer(1, given, *hx, weights, [])
+        for a, b in zip(result, expected, strict=True):
+            assert torch.allclose(a, b, rtol=1e-11, atol=1e-13)
+
+
+def test_what_is_not_replayed(replays, monkeypatch):
+    config = {**SMALL, "P": 4}
+    for name, value in (("_MOST_REPLAYED", 100), ("_MOST_STEPS", 3)):
+        with monkeypatch.context() as patch:
+            patch.setattr(_cuda_layer, name, value)
+            for _ in range(3):
+                check(config, "f64")
+    assert not replays._known
+    for N in range(1, 6):  # more kinds than are known at a time: the oldest is forgotten
+        check({**config, "N": N}, "f64")
+        check({**config, "N": N}, "f64")
+    assert len(replays._known) == 8 == len(recordings(replays))
+    for recording in recordings(replays):
+        recording.at_work = True
+    known = list(replays._known)
+    for _ in range(3):  # not while the device may be at it
+        check({**config, "N": 6}, "f64")
+    assert list(replays._known) == known
 
 
 def test_against_the_reference(emulated):

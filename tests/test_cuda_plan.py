@@ -99,13 +99,24 @@ def test_the_obvious_cases(args, path):
 
 def test_reasons():
     assert plan(16, 64, 1, "f32", False, H100, P=32).reason == (
-        "steps: a projection is a second product in each step"
+        "steps: a projection is a second product in each step, "
+        "as one CUDA graph from the second call of a kind on"
     )
     assert "compute capability 8.0" in plan(16, 64, 1, "f32", False, T4).reason
     assert plan(4096, 512, 1, "f32", False, H100).reason.startswith("steps: estimated ")
     chosen = plan(16, 768, 1, "bf16", False, H100)
     for part in (f"groups of {chosen.blocks} blocks", f"{chosen.units} units", "KiB", "us a step"):
         assert part in chosen.reason
+
+
+def test_a_graph_pays_where_the_host_is_slower_than_the_device():
+    def pays(*args):
+        return _cuda_plan.replay_pays(*args)
+
+    assert pays(1, 256, "f32", H100) and pays(64, 1024, "bf16", H100) and pays(16, 512, "f64", A100)
+    assert not pays(4096, 512, "f32", H100)  # the device computes for longer
+    assert not pays(20000, 64, "bf16", A100)  # copies
+    assert not plan(4096, 512, 1, "f32", False, H100).reason.endswith("of a kind on")
 
 
 def test_explain():

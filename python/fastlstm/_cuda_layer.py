@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -22,6 +23,7 @@ from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _cuda_plan, _tensors, _torch
+from ._cuda_graphs import Replays, Tensors
 from ._cuda_plan import Device, Plan
 
 _SWITCH = "FASTLSTM_CUDA_KERNELS"
@@ -46,6 +48,11 @@ _cuda = _load()
 ENABLED = _cuda is not None
 if ENABLED:
     _tensors.DTYPES["cuda"] = tuple(_MATH)
+
+
+_replays = Replays(most=8)
+_MOST_REPLAYED = 256 << 20  # bytes of one graph's own memory
+_MOST_STEPS = 4096  # of one graph
 
 
 @lru_cache(maxsize=64)
@@ -88,6 +95,45 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+class _Offsets:
+    """The first row of each time on a device, from an earlier call with those lengths if any.
+
+    A copy from the host that a CUDA graph captured would read the host's memory at each replay. So
+    while the caller captures one, the lengths have to be those of an earlier call.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._known: OrderedDict[Any, tuple[Tensor, torch.cuda.Event]] = OrderedDict()
+        self._captured: dict[Any, Tensor] = {}  # read by graphs of the caller, who knows how long
+
+    def __call__(self, first: tuple[int, ...], device: torch.device) -> Tensor:
+        stream = torch.cuda.current_stream(device)
+        capturing = torch.cuda.is_current_stream_capturing()
+        key = first, device
+        known = self._known.get(key)
+        if known is None:
+            if capturing:
+                raise RuntimeError(
+                    "batch_sizes: expected lengths of a call before this CUDA graph was captured"
+                )
+            there = torch.tensor(first, dtype=torch.int64, pin_memory=True)
+            known = there.to(device, non_blocking=True), stream.record_event()
+            self._known[key] = known
+            if len(self._known) > self._most:
+                self._known.popitem(last=False)
+        offsets, copied = known
+        if capturing:
+            self._captured[key] = offsets
+        else:
+            stream.wait_event(copied)
+            offsets.record_stream(stream)
+        return offsets
+
+
+_offsets = _Offsets(most=64)
+
+
 class _Rows:
     """Which rows of a (rows, columns) tensor belong to each time."""
 
@@ -104,8 +150,9 @@ class _Rows:
         """Return the first row of each time, and the end, on the device of x; None if dense."""
         if not self.ragged:
             return None
-        offsets = torch.tensor(self.first, dtype=torch.int64, pin_memory=x.is_cuda)
-        return offsets.to(x.device, non_blocking=True)
+        if not x.is_cuda:  # the emulation
+            return torch.tensor(self.first, dtype=torch.int64)
+        return _offsets(tuple(self.first), x.device)
 
     def before(self, y: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
         """Return h_{t-1} of each row (total, P), from y (total, P) and h0 (N, P) or None."""
@@ -212,8 +259,12 @@ def run_forward(
             torch.addmm(bias, flat, w_ih.t(), out=gx[d])
     math, plan = _plan(x, rows.N, H, P, directions, False)
     if plan.path == "steps":
-        for d in range(directions):
-            _steps_forward(rows, gx, h0, c0, parts[d], y, h_n, c_n, kept, d, math)
+        flat_y = y.view(rows.total, -1)
+        for d, (_, w_hh, _, w_hr) in enumerate(parts):
+            state = (None if s is None else s[d] for s in (h0, c0))
+            own = (None if k is None else k[d].reshape(rows.total, -1) for k in kept)
+            outputs = flat_y[:, d * P : (d + 1) * P], h_n[d], c_n[d], *own
+            _run_steps(rows, math, H, (gx[d], *state, w_hh, w_hr), outputs, False, d)
         return results
     gates, cells, _ = kept
     tensors = {"gx": gx, "h0": h0, "c0": c0, "y": y, "h_n": h_n, "c_n": c_n}
@@ -226,35 +277,60 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _steps_forward(
-    rows: _Rows,
-    gx: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    part: list[Any],
-    y: Tensor,
-    h_n: Tensor,
-    c_n: Tensor,
-    kept: _torch.Kept,
-    d: int,
-    math: str,
+def _replayable(x: Tensor) -> bool:
+    return x.is_cuda and not torch.cuda.is_current_stream_capturing()
+
+
+def _run_steps(
+    rows: _Rows, math: str, H: int, inputs: Tensors, outputs: Tensors, backward: bool, d: int
 ) -> None:
-    """Run one direction step by step."""
-    _, w_hh, _, w_hr = part
-    H, P = w_hh.shape[0] // 4, w_hh.shape[1]
-    gates, cells, raw = (None if k is None else k[d].reshape(rows.total, -1) for k in kept)
-    flat_y = y.view(rows.total, -1)[:, d * P : (d + 1) * P]
-    h = h_n[d]
-    h.zero_() if h0 is None else h.copy_(h0[d])
+    """Run a direction step by step, or replay a CUDA graph of its steps where that pays."""
+    loop = _steps_backward if backward else _steps_forward
+
+    def work(inputs: Tensors, outputs: Tensors) -> None:
+        loop(rows, math, d, inputs, outputs)
+
+    tensors = [t for t in (*inputs, *outputs) if t is not None]
+    like = outputs[0]
+    assert like is not None
+    if (
+        1 < rows.T <= _MOST_STEPS
+        and sum(t.nbytes for t in tensors) <= _MOST_REPLAYED
+        and _replayable(like)
+        and _cuda_plan.replay_pays(rows.N, H, math, properties(_index(like)))
+    ):
+        alike = tuple(None if t is None else (t.shape, t.dtype) for t in (*inputs, *outputs))
+        key = (backward, d, math, _where(like), tuple(rows.sizes), alike, _precision())
+        _replays(key, inputs, outputs, work)
+    else:
+        work(inputs, outputs)
+
+
+def _precision() -> tuple[Any, ...]:
+    """Return the settings that torch's matrix products follow."""
+    settings = torch.backends.cuda.matmul
+    tf32 = getattr(settings, "fp32_precision", None) or settings.allow_tf32  # since torch 2.9
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    half = settings.allow_fp16_reduced_precision_reduction
+    return tf32, half, settings.allow_bf16_reduced_precision_reduction, deterministic
+
+
+def _steps_forward(rows: _Rows, math: str, d: int, inputs: Tensors, outputs: Tensors) -> None:
+    """Run one direction step by step; gx is overwritten."""
+    gx, h0, c0, w_hh, w_hr = inputs
+    y, h, c_n, gates, cells, raw = outputs
+    assert gx is not None and w_hh is not None and y is not None and h is not None
+    H = w_hh.shape[0] // 4
+    h.zero_() if h0 is None else h.copy_(h0)
     c = torch.zeros(rows.N, H, dtype=_sum_dtype(y.dtype), device=y.device)
     if c0 is not None:
-        c.copy_(c0[d])
+        c.copy_(c0)
     spare = None if w_hr is None or raw is not None else y.new_empty(rows.N, H)
     device, stream = _where(y)
     for t in _order(rows, d):
         lo, hi = rows.first[t], rows.first[t + 1]
         n = hi - lo
-        z = gx[d, lo:hi]
+        z = gx[lo:hi]
         z.addmm_(h[:n], w_hh.t())
         now = slice(lo, hi)
         out = h[:n] if w_hr is None else spare[:n] if spare is not None else raw[now]  # type: ignore[index]
@@ -265,18 +341,19 @@ def _steps_forward(
             stream,
             n=n,
             H=H,
-            y_stride=flat_y.stride(0),
+            y_stride=y.stride(0),
             z=_address(z),
             c=_address(c),
             h=_address(out),
-            y=_address(flat_y[now]) if w_hr is None else 0,
+            y=_address(y[now]) if w_hr is None else 0,
             gates=0 if gates is None else _address(gates[now]),
             cells=0 if cells is None else _address(cells[now]),
         )
         if w_hr is not None:
             torch.mm(out, w_hr.t(), out=h[:n])
-            flat_y[now].copy_(h[:n])
-    c_n[d].copy_(c)
+            y[now].copy_(h[:n])
+    assert c_n is not None
+    c_n.copy_(c)
 
 
 def run_backward(
@@ -303,9 +380,12 @@ def run_backward(
     dh = x.new_empty(directions, rows.total, P) if projects else None  # dL/dh of every row
     math, plan = _plan(x, rows.N, H, P, directions, True)
     if plan.path == "steps":
-        for d in range(directions):
-            state = (grad_y, grad_h, grad_c)
-            _steps_backward(rows, kept, c0, parts[d], state, dz, dh, dh0, dc0, d, math)
+        for d, (_, w_hh, _, w_hr) in enumerate(parts):
+            own = (k[d].reshape(rows.total, -1) for k in kept[:2] if k is not None)
+            state = (None if s is None else s[d] for s in (c0, grad_h, grad_c))
+            own_y = None if grad_y is None else grad_y.view(rows.total, -1)[:, d * P : (d + 1) * P]
+            outputs = dz[d], dh0[d], dc0[d], None if dh is None else dh[d]
+            _run_steps(rows, math, H, (*own, w_hh, w_hr, own_y, *state), outputs, True, d)
     else:
         gates, cells, _ = kept
         tensors = {"gates": gates, "cells": cells, "c0": c0, "dz": dz, "dh0": dh0, "dc0": dc0}
@@ -341,39 +421,26 @@ def run_backward(
     return (dx, dh0 if needs_h0 else None, dc0 if needs_c0 else None, *dweights)
 
 
-def _steps_backward(
-    rows: _Rows,
-    kept: _torch.Kept,
-    c0: Tensor | None,
-    part: list[Any],
-    state: tuple[Tensor | None, Tensor | None, Tensor | None],
-    dz: Tensor,
-    dh_of_rows: Tensor | None,
-    dh0: Tensor,
-    dc0: Tensor,
-    d: int,
-    math: str,
-) -> None:
+def _steps_backward(rows: _Rows, math: str, d: int, inputs: Tensors, outputs: Tensors) -> None:
     """Run one direction backward step by step."""
-    _, w_hh, _, w_hr = part
-    H, P = w_hh.shape[0] // 4, w_hh.shape[1]
-    gates, cells = (k[d].reshape(rows.total, -1) for k in kept[:2] if k is not None)
-    grad_y, grad_h, grad_c = state
-    flat = None if grad_y is None else grad_y.view(rows.total, -1)[:, d * P : (d + 1) * P]
-    dh = dh0[d]
-    dh.zero_() if grad_h is None else dh.copy_(grad_h[d])
+    gates, cells, w_hh, w_hr, grad_y, c0, grad_h, grad_c = inputs
+    dz, dh, dc0, dh_of_rows = outputs
+    assert gates is not None and cells is not None and w_hh is not None
+    assert dz is not None and dh is not None and dc0 is not None
+    H = w_hh.shape[0] // 4
+    dh.zero_() if grad_h is None else dh.copy_(grad_h)
     dc = torch.zeros(rows.N, H, dtype=_sum_dtype(dz.dtype), device=dz.device)
     if grad_c is not None:
-        dc.copy_(grad_c[d])
+        dc.copy_(grad_c)
     device, stream = _where(dz)
     for t in reversed(_order(rows, d)):
         lo, hi = rows.first[t], rows.first[t + 1]
         n = hi - lo
         now = slice(lo, hi)
-        to_cell, grad = dh[:n], None if flat is None else flat[now]
+        to_cell, grad = dh[:n], None if grad_y is None else grad_y[now]
         if w_hr is not None:
             assert dh_of_rows is not None
-            total = dh_of_rows[d, now]
+            total = dh_of_rows[now]
             total.copy_(dh[:n]) if grad is None else torch.add(dh[:n], grad, out=total)
             to_cell, grad = total @ w_hr, None
         before = t + 1 if d else t - 1
@@ -391,13 +458,13 @@ def _steps_backward(
             gates=_address(gates[now]),
             cells=_address(cells[now]),
             cells_before=_address(cells[rows.first[before] :]) if inside else 0,
-            c0=_address(None if c0 is None else c0[d]),
+            c0=_address(c0),
             dh=_address(to_cell),
             grad_y=_address(grad),
-            dz=_address(dz[d, now]),
+            dz=_address(dz[now]),
         )
-        torch.mm(dz[d, now], w_hh, out=dh[:n])
-    dc0[d].copy_(dc)
+        torch.mm(dz[now], w_hh, out=dh[:n])
+    dc0.copy_(dc)
 
 
 def served(rnn: Any, input: Any, hx: Any, weights: list[Any]) -> tuple[Any, Any, list[Any]] | None:

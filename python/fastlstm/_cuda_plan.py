@@ -10,7 +10,7 @@ held in registers; for the rest:
 - ``grid``: any number of blocks hold it, which exchange h through the second-level cache;
 - ``stream``: the same with W_hh read from the second-level cache in every step;
 - ``steps``: with projections, and where it is estimated to be faster: for each step a matrix
-  product of torch and one pointwise kernel.
+  product of torch and one pointwise kernel; where `replay_pays`, all steps as one CUDA graph.
 
 The least estimated time decides. The estimates come from data sheets, not from measurements.
 """
@@ -37,6 +37,8 @@ CLUSTERS = (2, 4, 8)  # blocks of a cluster, up to what every device with cluste
 _BASE = {"block": 600, "cluster": 1000, "grid": 1400, "stream": 1800, "steps": 20000}
 _PRODUCTS = {"bf16": 900, "f16": 900, "tf32": 450, "f32": 80, "f64": 40}
 _SHARED, _L2, _L2_SHARED = 200, 80, 35
+_REPLAYED = 5000  # nanoseconds of the host's step in a CUDA graph
+_MEMORY = 14  # bytes per nanosecond of a multiprocessor, from the device's memory with all others
 _CHUNKS = (1, 2, 4, 8)
 _CHUNK = 400  # nanoseconds of one more chunk
 
@@ -130,19 +132,23 @@ def plan(
     device : Device
     """
     steps_cost = _steps_cost(N, H, math, device) * directions
-    steps = STEPS._replace(nanoseconds=steps_cost)
+    graph = ", as one CUDA graph from the second call of a kind on"
+    replayed = graph if replay_pays(N, H, math, device) else ""
+
+    def step_by_step(why: str) -> Plan:
+        return STEPS._replace(nanoseconds=steps_cost, reason=f"steps: {why}{replayed}")
+
     if P != H:
-        return steps._replace(reason="steps: a projection is a second product in each step")
+        return step_by_step("a projection is a second product in each step")
     if device.major < 8:
-        return steps._replace(reason="steps: compute capability 8.0 is the least for the others")
+        return step_by_step("compute capability 8.0 is the least for the others")
     candidates = _candidates(N, H, directions, math, backward, device)
     best = min(candidates, key=lambda p: (p.nanoseconds, p.blocks * p.groups), default=None)
     if best is None:
-        return steps._replace(reason="steps: no other path has room for its exchange")
+        return step_by_step("no other path has room for its exchange")
     if steps_cost < best.nanoseconds:
-        return steps._replace(
-            reason=f"steps: estimated {_us(steps_cost)} a step against "
-            f"{_us(best.nanoseconds)} with {best.path}"
+        return step_by_step(
+            f"estimated {_us(steps_cost)} a step against {_us(best.nanoseconds)} with {best.path}"
         )
     among = {"block": "one block", "cluster": f"clusters of {best.blocks} blocks"}.get(
         best.path, f"groups of {best.blocks} blocks"
@@ -165,6 +171,18 @@ def _kib(count: int) -> str:
 
 def _us(nanoseconds: float) -> str:
     return f"{nanoseconds / 1000:.1f} us"
+
+
+def replay_pays(N: int, H: int, math: str, device: Device) -> bool:
+    """Return whether the step by step path gains by a CUDA graph of all its steps.
+
+    It does where the host takes longer to queue a step than the device to compute it and to copy
+    what it reads and writes into and out of the graph's own memory, some ten rows of H units.
+    """
+    host = _BASE["steps"]
+    computes = _steps_cost(N, H, math, device) - host
+    copies = 2 * 10 * N * H * STORAGE[math] / (_MEMORY * device.multiprocessors)
+    return max(computes, _REPLAYED) + copies < max(computes, host)
 
 
 def _steps_cost(N: int, H: int, math: str, device: Device) -> float:
