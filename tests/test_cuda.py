@@ -378,6 +378,26 @@ def test_graph_of_a_ragged_step(exact, monkeypatch):
             step(ours, [9, 3, 3, 2])
 
 
+def test_transforms(exact):
+    ours, theirs = pair(torch.float32, 6, 24)
+    x = torch.randn(3, 7, 4, 6)
+
+    def grads(module, x):
+        def loss(params, x):
+            y, (_, c) = torch.func.functional_call(module, params, (x,))
+            return y.sin().sum() + c.sum()
+
+        return torch.func.vmap(torch.func.grad(loss), (None, 0))(dict(module.named_parameters()), x)
+
+    found = grads(ours, x.cuda())
+    for k in range(3):
+        y, (_, c) = theirs(x[k].double())
+        theirs.zero_grad()
+        (y.sin().sum() + c.sum()).backward()
+        mine = [found[name][k] for name, _ in theirs.named_parameters()]
+        assert_close(mine, [p.grad for p in theirs.parameters()], 1e-5)
+
+
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_compile(bidirectional, exact):
     ours, theirs = pair(torch.float32, 6, 24, bidirectional=bidirectional)

@@ -452,6 +452,29 @@ def test_the_operators(emulated):
         assert torch.equal(mine, other)
 
 
+def test_transforms(emulated):
+    """torch.func on these kernels, against a loop over nn.LSTM."""
+    use_plan(emulated, "f64", "grid")
+    torch.manual_seed(0)
+    theirs = [torch.nn.LSTM(3, 11, bidirectional=True).double() for _ in range(2)]
+    ours = fastlstm.nn.LSTM(3, 11, bidirectional=True).double()
+    params = {
+        n: torch.stack([dict(m.named_parameters())[n] for m in theirs]) for n in ours.state_dict()
+    }
+    x = torch.randn(2, 4, 5, 3, dtype=torch.float64)
+
+    def loss(params, x):
+        y, (_, c) = torch.func.functional_call(ours, params, (x,))
+        return y.sin().sum() + c.sum()
+
+    found = torch.func.vmap(torch.func.grad(loss))(params, x)
+    for k, module in enumerate(theirs):
+        y, (_, c) = module(x[k])
+        (y.sin().sum() + c.sum()).backward()
+        for name, p in module.named_parameters():
+            assert torch.allclose(found[name][k], p.grad, rtol=1e-10, atol=1e-12)
+
+
 def test_double_backward(emulated):
     use_plan(emulated, "f64", "cluster")
     rnn, x, _, hx, _ = problem(**SMALL, dtype=torch.float64)

@@ -492,7 +492,12 @@ def served(rnn: Any, input: Any, hx: Any, weights: list[Any]) -> tuple[Any, Any,
     hx = hx if hx is None else [state.contiguous() for state in states]
     if not _right_shapes(rnn, x, hx, weights, input.batch_sizes if ragged else None):
         return None
-    return None if properties(_index(x)).major < 8 else (x, hx, weights)
+    return (x, hx, weights) if capable(x) else None
+
+
+def capable(x: Tensor) -> bool:
+    """Return whether the kernels are compiled for the device of x."""
+    return properties(_index(x)).major >= 8
 
 
 def _right_shapes(

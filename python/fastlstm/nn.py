@@ -237,7 +237,7 @@ class LSTM(torch.nn.LSTM):
         return y, self.permute_hidden((h, c), input.unsorted_indices)
 
     def _serves(self, x: Any, hx: Any, weights: list[Any], batch_sizes: Tensor | None) -> bool:
-        """Return whether all are CPU tensors of one floating dtype, and nothing missing.
+        """Return whether all are of one dtype, on one device with kernels, and nothing missing.
 
         False leaves the call, and its error, to nn.LSTM. Errors of shape are raised here, with the
         text of nn.LSTM: it would not see all of them, or not under every transform.
@@ -269,9 +269,11 @@ class LSTM(torch.nn.LSTM):
             for k in range(2):
                 text = f"Expected hidden[{k}] size {{}}, got {{}}"
                 self.check_hidden_size(states[k], sizes[k](x, batch_sizes), text)
-        if x.dtype not in _tensors.DTYPES["cpu"] or any(
-            t.dtype != x.dtype or t.device.type != "cpu" for t in tensors
+        if x.dtype not in _tensors.DTYPES.get(x.device.type, ()) or any(
+            t.dtype != x.dtype or t.device != x.device for t in tensors
         ):
+            return False
+        if x.is_cuda and (torch.is_autocast_enabled("cuda") or not _cuda_layer.capable(x)):
             return False
         if batch_sizes is None and x.shape[1 if self.batch_first else 0] == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
