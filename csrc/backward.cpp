@@ -58,7 +58,7 @@ class BackwardPass {
         h_shape_(in.dw_hh ? in.sizes.output : 0, kernel.lanes),
         raw_shape_(in.dw_hr ? in.sizes.hidden : 0, kernel.lanes),
         step_shape_(in.sizes.hidden, kernel.lanes),
-        weights_(in.dw_ih || in.dw_hh || in.dw_hr),
+        weights_(in.dw_ih || in.dw_hh || in.dw_hr || in.db),
         row_group_(size_t(plan.row_groups)) {
     const auto [steps, batch, input, hidden, output] = in.sizes;
     x_place_ = workspace->reserve<T>(x_shape_.packed_size(plan.block * batch));
@@ -103,7 +103,6 @@ class BackwardPass {
     const Series<const T> raw({in.raw, batch * hidden, hidden, batch}, in);
     const Rows<const T> grad_h{in.grad_h, 0, output, batch};
     const Rows<T> dc{in.dc0, 0, hidden, batch};
-    const Rows<T> dz{dz_, gates, 0, 1};  // the rows of a block, step after step
     const Panels<T> x_panels = x_shape_.packed(x_, plan.block * batch);
     const Panels<T> h_panels = h_shape_.packed(h_, plan.block * batch);
     const Panels<T> raw_panels = raw_shape_.packed(raw_, plan.block * batch);
@@ -238,12 +237,13 @@ class BackwardPass {
           }
         }
       };
-      if (in.dw_ih || in.dw_hh)
+      if (in.dw_ih || in.dw_hh || in.db)
         strips_of(dz_, gates, m0, m1,
                   [&, input = input, output = output](int64_t m, int64_t count, int64_t k,
                                                       int64_t depth, bool first) {
                     accumulate(in.dw_ih, input, x_shape_, x_panels, m, count, k, depth, first);
                     accumulate(in.dw_hh, output, h_shape_, h_panels, m, count, k, depth, first);
+                    if (in.db) kernel.sum_rows(strip, kDepth, count, depth, in.db + m, !first);
                   });
       if (in.dw_hr) {
         const auto [from, past] = share(output, threads, id);
@@ -253,7 +253,6 @@ class BackwardPass {
               accumulate(in.dw_hr, hidden, raw_shape_, raw_panels, m, count, k, depth, first);
             });
       }
-      if (in.db) kernel.sum_rows(dz, rows, m0, m1, in.db, !last);
       if (s0 > 0)
         for (int64_t n = n0; n < std::min(n1, active.at(s0)); ++n)
           for (int64_t gate = 0; gate < 4; ++gate) {

@@ -99,8 +99,9 @@ struct Kernels {
   // out[m - m0][k] = a[k][m] for m0 <= m < m1, k < count; `step` between the rows of out. The rows
   // of a are evenly spaced, by a.step_n.
   void (*transpose)(Rows<const T> a, int64_t count, int64_t m0, int64_t m1, T* out, int64_t step);
-  // out[m] (+)= sum_k a[k][m]
-  void (*sum_rows)(Rows<const T> a, int64_t count, int64_t m0, int64_t m1, T* out, bool accumulate);
+  // out[m] (+)= sum_k a[m][k] for m < rows, k < columns; `step` between the rows of a.
+  void (*sum_rows)(const T* a, int64_t step, int64_t rows, int64_t columns, T* out,
+                   bool accumulate);
 
   // Rows m0 <= m < m1 of C, panels p0 <= p < p1.
   void (*product)(const Product<T>&, int64_t m0, int64_t m1, int64_t p0, int64_t p1);

@@ -174,30 +174,28 @@ void transpose(Rows<const T> a, int64_t count, int64_t m0, int64_t m1, T* out, i
   for (int64_t m = m0; m < m1; m += VL)
     for (int64_t k = 0; k < count; k += VL) {
       const int64_t rows = count - k < VL ? count - k : VL;
+#ifdef TPF
+      if (k + 2 * VL <= count)
+        for (int r = 0; r < VL; ++r) __builtin_prefetch(a.row(k + VL + r) + m);
+#endif
       transpose_strip(a.row(k) + m, a.step_n, rows, m1 - m < VL ? m1 - m : VL,
                       out + (m - m0) * step + k, step, rows);
     }
 }
 
 template <class T>
-void sum_rows(Rows<const T> a, int64_t count, int64_t m0, int64_t m1, T* out, bool accumulate) {
+void sum_rows(const T* a, int64_t step, int64_t rows, int64_t columns, T* out, bool accumulate) {
   constexpr int VL = lanes<T>();
   constexpr int kWide = 4;  // vectors at a time, so that additions overlap
-  for (int64_t m = m0; m < m1; m += kWide * VL) {
+  for (int64_t m = 0; m < rows; ++m, a += step) {
     Vec<T> total[kWide] = {};
-    int64_t width[kWide];
-    for (int v = 0; v < kWide; ++v) {
-      const int64_t left = m1 - m - v * VL;
-      width[v] = left < 0 ? 0 : left < VL ? left : VL;
-    }
-    for (int64_t k = 0; k < count; ++k) {
-      const T* from = a.row(k) + m;
-      for (int v = 0; v < kWide; ++v) total[v] += load(from + v * VL, width[v]);
-    }
-    for (int v = 0; v < kWide; ++v) {
-      if (accumulate) total[v] += load(out + m + v * VL, width[v]);
-      store(out + m + v * VL, total[v], width[v]);
-    }
+    int64_t k = 0;
+    for (; k + kWide * VL <= columns; k += kWide * VL)
+      for (int v = 0; v < kWide; ++v) total[v] += load(a + k + v * VL);
+    for (; k < columns; k += VL)
+      total[0] += columns - k < VL ? load(a + k, columns - k) : load(a + k);
+    const T whole = sum<T>((total[0] + total[1]) + (total[2] + total[3]));
+    out[m] = accumulate ? out[m] + whole : whole;
   }
 }
 
