@@ -21,9 +21,15 @@ constexpr int64_t kDirectRowsBackward = 128;
 // at once use them better, and the input is not short either.
 constexpr int64_t kBatchInStep = 4;
 constexpr int64_t kInputInStep = 8;
+// Nor where W_ih would come from memory in every step for few rows: at 13 MB with W_hh (H 650) over
+// time won up to 32 rows, at 8 MB (H 512) it lost.
+constexpr int64_t kFarBytes = 5 << 20;
+constexpr int64_t kFarBatch = 32;
+constexpr int64_t kFarSteps = 4;
 // Rows of one input product over time: so many that the pass over its weights pays, so few that z
 // stays near.
 constexpr int64_t kForwardBlockRows = 128;
+constexpr int64_t kFarBlockRows = 512;
 constexpr int64_t kBackwardBlockRows = 512;  // depth of one weight-gradient product
 // The same where the layer above waits for these steps.
 constexpr int64_t kWaveBlockRows = 16;
@@ -76,9 +82,12 @@ bool direct(const Sizes& s, int64_t most_rows) {
 Plan plan_forward(const Sizes& s, const Machine& m, int threads) {
   Plan plan;
   plan.direct = direct(s, kDirectRowsForward);
-  plan.input_in_step = plan.direct || s.batch >= kBatchInStep || s.input <= kInputInStep;
+  const bool far = s.batch <= kFarBatch && s.steps >= kFarSteps &&
+                   double(4 * m.element) * double(s.hidden) * double(s.input) > double(kFarBytes);
+  plan.input_in_step = plan.direct || s.input <= kInputInStep || (s.batch >= kBatchInStep && !far);
   choose_grid(s, m, {double(s.output + s.input), ceil_div(s.hidden, m.lanes), 0}, threads, &plan);
-  plan.block = std::clamp<int64_t>(kForwardBlockRows / std::max<int64_t>(1, s.batch), 1, s.steps);
+  const int64_t rows = far ? kFarBlockRows : kForwardBlockRows;
+  plan.block = std::clamp<int64_t>(rows / std::max<int64_t>(1, s.batch), 1, s.steps);
   return plan;
 }
 
