@@ -186,16 +186,24 @@ void transpose(Rows<const T> a, int64_t count, int64_t m0, int64_t m1, T* out, i
 template <class T>
 void sum_rows(const T* a, int64_t step, int64_t rows, int64_t columns, T* out, bool accumulate) {
   constexpr int VL = lanes<T>();
-  constexpr int kWide = 4;  // vectors at a time, so that additions overlap
-  for (int64_t m = 0; m < rows; ++m, a += step) {
-    Vec<T> total[kWide] = {};
-    int64_t k = 0;
-    for (; k + kWide * VL <= columns; k += kWide * VL)
-      for (int v = 0; v < kWide; ++v) total[v] += load(a + k + v * VL);
-    for (; k < columns; k += VL)
-      total[0] += columns - k < VL ? load(a + k, columns - k) : load(a + k);
-    const T whole = sum<T>((total[0] + total[1]) + (total[2] + total[3]));
-    out[m] = accumulate ? out[m] + whole : whole;
+  for (int64_t m = 0; m < rows; m += VL) {
+    const int64_t count = rows - m < VL ? rows - m : VL;
+    Vec<T> total[VL] = {};
+    for (int64_t r = 0; r < count; ++r) {
+      const T* from = a + (m + r) * step;
+      Vec<T> even{}, odd{};  // so that additions overlap
+      int64_t k = 0;
+      for (; k + 2 * VL <= columns; k += 2 * VL) {
+        even += load(from + k);
+        odd += load(from + k + VL);
+      }
+      for (; k < columns; k += VL)
+        even += columns - k < VL ? load(from + k, columns - k) : load(from + k);
+      total[r] = even + odd;
+    }
+    Vec<T> sums = sum_each<T>(total);
+    if (accumulate) sums += load(out + m, count);
+    store(out + m, sums, count);
   }
 }
 

@@ -91,16 +91,17 @@ def new_results(
     y = x.new_empty(*time, directions * P)
     h_n = x.new_empty(directions, N, P)
     c_n = x.new_empty(directions, N, H)
-    gates = memory_to_keep(x, directions, *time, 4 * H) if keep else None
-    cells = memory_to_keep(x, directions, *time, H) if keep else None
-    raw = memory_to_keep(x, directions, *time, H) if keep and projects else None
+    new: Callable[..., Tensor] = x.new_empty
+    if type(x) is Tensor and x.is_cpu and 16 * y.numel() >= _core.LARGE:
+        new = partial(memory_to_keep, x)
+    gates = new(directions, *time, 4 * H) if keep else None
+    cells = new(directions, *time, H) if keep else None
+    raw = new(directions, *time, H) if keep and projects else None
     return y, h_n, c_n, (gates, cells, raw)
 
 
 def memory_to_keep(like: Tensor, *shape: int) -> Tensor:
-    """Return memory for what only the backward pass reads: if large, that of an earlier step."""
-    if type(like) is not Tensor or not like.is_cpu:
-        return like.new_empty(shape)
+    """Return memory on the CPU, for the backward pass alone: if large, that of an earlier step."""
     size = prod(shape) * like.itemsize
     if size < _core.LARGE:
         return like.new_empty(shape)
