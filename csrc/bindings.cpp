@@ -424,11 +424,12 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("fits", &fits);
   m.def("infer", &infer);
   m.def("use_torch", &use_torch);
-  py::class_<Block>(m, "Block", py::buffer_protocol(), "Memory of so many bytes, not cleared.")
-      .def(py::init<int64_t>(), py::arg("size"))
-      .def_buffer([](const Block& block) {
-        return py::buffer_info(static_cast<uint8_t*>(block.data()), block.size());
-      });
+  py::class_<Block>(m, "_Block", py::buffer_protocol()).def_buffer([](const Block& block) {
+    return py::buffer_info(static_cast<uint8_t*>(block.data()), block.size());
+  });
+  m.def("block", [](int64_t size) {  // memory of so many bytes, not cleared
+    return py::memoryview(py::cast(std::make_unique<Block>(size)));
+  });
   m.attr("LARGE") = Block::kLarge;
 
   m.def("default_threads", &default_threads);

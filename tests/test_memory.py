@@ -15,27 +15,27 @@ MIB = 1 << 20
 
 
 def block(size):
-    return np.frombuffer(_core.Block(size), np.uint8)
+    return np.frombuffer(_core.block(size), np.uint8)
 
 
 def test_a_block_is_used_again():
-    first = block(9 * MIB)
+    first = block(101 * MIB)  # no other test left one like it
     place = first.ctypes.data
-    assert first.size == 9 * MIB and first.flags.writeable and place % 64 == 0
-    other = block(9 * MIB)
+    assert first.size == 101 * MIB and first.flags.writeable and place % 64 == 0
+    other = block(101 * MIB)
     assert other.ctypes.data != place
     del first
-    again = block(9 * MIB)
+    again = block(101 * MIB)
     assert again.ctypes.data == place
     del again
-    assert block(8 * MIB).ctypes.data == place  # with room to spare
-    assert block(5 * MIB).ctypes.data != place  # with too much of it
+    assert block(90 * MIB).ctypes.data == place  # with room to spare
+    assert block(60 * MIB).ctypes.data != place  # with too much of it
 
 
 @pytest.mark.parametrize("size", [-1, 0, 1 << 61, (1 << 62) + 1])
 def test_sizes_that_cannot_be(size):
     with pytest.raises(MemoryError):
-        _core.Block(size)
+        _core.block(size)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 40)), max_size=30))

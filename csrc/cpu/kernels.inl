@@ -174,10 +174,6 @@ void transpose(Rows<const T> a, int64_t count, int64_t m0, int64_t m1, T* out, i
   for (int64_t m = m0; m < m1; m += VL)
     for (int64_t k = 0; k < count; k += VL) {
       const int64_t rows = count - k < VL ? count - k : VL;
-#ifdef TPF
-      if (k + 2 * VL <= count)
-        for (int r = 0; r < VL; ++r) __builtin_prefetch(a.row(k + VL + r) + m);
-#endif
       transpose_strip(a.row(k) + m, a.step_n, rows, m1 - m < VL ? m1 - m : VL,
                       out + (m - m0) * step + k, step, rows);
     }

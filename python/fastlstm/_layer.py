@@ -20,7 +20,7 @@ def _memory_to_keep(shape: tuple[int, ...], dtype: Any) -> Array:
     size = prod(shape) * dtype.itemsize
     if size < _core.LARGE:
         return np.empty(shape, dtype)
-    return np.frombuffer(memoryview(_core.Block(size)), dtype).reshape(shape)
+    return np.frombuffer(_core.block(size), dtype).reshape(shape)
 
 
 class LayerTape:

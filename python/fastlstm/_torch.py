@@ -105,7 +105,7 @@ def memory_to_keep(like: Tensor, *shape: int) -> Tensor:
     size = prod(shape) * like.itemsize
     if size < _core.LARGE:
         return like.new_empty(shape)
-    return torch.frombuffer(_core.Block(size), dtype=like.dtype).view(shape)
+    return torch.frombuffer(_core.block(size), dtype=like.dtype).view(shape)
 
 
 def observed() -> bool:
