@@ -309,6 +309,19 @@ def test_results_outlive_a_replay(replays):
             assert torch.allclose(a, b, rtol=1e-11, atol=1e-13)
 
 
+def test_where_nothing_can_be_recorded(replays, monkeypatch):
+    def fail(device, run):
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(replays, "_record", fail)
+    config = {**SMALL, "P": 4}
+    check(config, "f64")
+    with pytest.warns(UserWarning, match="no CUDA graph of a loop: no memory left"):
+        check(config, "f64")
+    check(config, "f64")  # it is not tried again
+    assert not recordings(replays)
+
+
 def test_what_is_not_replayed(replays, monkeypatch):
     config = {**SMALL, "P": 4}
     for name, value in (("_MOST_REPLAYED", 100), ("_MOST_STEPS", 3)):

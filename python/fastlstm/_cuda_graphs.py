@@ -6,6 +6,7 @@ Not yet run on a GPU, as all of the CUDA part.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple, Protocol
@@ -31,6 +32,7 @@ class Graph:
     """What `run` queues, as a CUDA graph; `run` has run before, so that nothing is set up in it."""
 
     def __init__(self, device: torch.device, run: Callable[[], None]) -> None:
+        self._device = device
         self._graph = torch.cuda.CUDAGraph()
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         current = torch.cuda.current_stream(device)
@@ -47,7 +49,7 @@ class Graph:
 
     def replay(self) -> None:
         self._graph.replay()
-        self._done.record()
+        self._done.record(torch.cuda.current_stream(self._device))
 
     def busy(self) -> bool:
         return not self._done.query()  # type: ignore[no-untyped-call]
@@ -70,6 +72,7 @@ class Replays:
         self._most = most
         self._record = record
         self._known: OrderedDict[Hashable, _Known | None] = OrderedDict()
+        self._failed: set[Hashable] = set()  # of those known
         self._lock = threading.Lock()
 
     def __call__(self, key: Hashable, inputs: Tensors, outputs: Tensors, work: Work) -> None:
@@ -86,14 +89,18 @@ class Replays:
         if key in self._known:
             self._known.move_to_end(key)
             known = self._known[key]
-            if known is None:
-                known = self._known[key] = self._recorded(inputs, outputs, work)
+            if known is None and key not in self._failed:
+                try:
+                    known = self._known[key] = self._recorded(inputs, outputs, work)
+                except RuntimeError as error:  # also where memory is short
+                    self._failed.add(key)
+                    warnings.warn(f"fastlstm: no CUDA graph of a loop: {error}", stacklevel=2)
             return known
         if len(self._known) == self._most:
             oldest = next(iter(self._known.values()))
             if oldest is not None and oldest.recording.busy():
                 return None
-            self._known.popitem(last=False)
+            self._failed.discard(self._known.popitem(last=False)[0])
         self._known[key] = None
         return None
 

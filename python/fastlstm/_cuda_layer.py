@@ -109,9 +109,11 @@ class _Offsets:
 
     def __call__(self, first: tuple[int, ...], device: torch.device) -> Tensor:
         stream = torch.cuda.current_stream(device)
-        capturing = torch.cuda.is_current_stream_capturing()
+        capturing = _is_capturing(device)
         key = first, device
-        known = self._known.get(key)
+        if capturing and key in self._captured:
+            return self._captured[key]
+        known = self._known.pop(key, None)
         if known is None:
             if capturing:
                 raise RuntimeError(
@@ -119,9 +121,9 @@ class _Offsets:
                 )
             there = torch.tensor(first, dtype=torch.int64, pin_memory=True)
             known = there.to(device, non_blocking=True), stream.record_event()
-            self._known[key] = known
-            if len(self._known) > self._most:
-                self._known.popitem(last=False)
+        self._known[key] = known  # as the last one
+        if len(self._known) > self._most:
+            self._known.popitem(last=False)
         offsets, copied = known
         if capturing:
             self._captured[key] = offsets
@@ -278,7 +280,13 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _replayable(x: Tensor) -> bool:
-    return x.is_cuda and not torch.cuda.is_current_stream_capturing()
+    return x.is_cuda and not _is_capturing(x.device)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Return whether the caller captures a CUDA graph on the current stream of a device."""
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_current_stream_capturing())
 
 
 def _run_steps(
@@ -311,8 +319,12 @@ def _precision() -> tuple[Any, ...]:
     settings = torch.backends.cuda.matmul
     tf32 = getattr(settings, "fp32_precision", None) or settings.allow_tf32  # since torch 2.9
     deterministic = torch.are_deterministic_algorithms_enabled()
-    half = settings.allow_fp16_reduced_precision_reduction
-    return tf32, half, settings.allow_bf16_reduced_precision_reduction, deterministic
+    half = (
+        settings.allow_fp16_reduced_precision_reduction,
+        settings.allow_bf16_reduced_precision_reduction,
+        getattr(settings, "allow_fp16_accumulation", False),  # since torch 2.7
+    )
+    return tf32, half, str(torch.backends.cuda.preferred_blas_library()), deterministic
 
 
 def _steps_forward(rows: _Rows, math: str, d: int, inputs: Tensors, outputs: Tensors) -> None:

@@ -273,7 +273,9 @@ class LSTM(torch.nn.LSTM):
             t.dtype != x.dtype or t.device != x.device for t in tensors
         ):
             return False
-        if x.is_cuda and (torch.is_autocast_enabled("cuda") or not _cuda_layer.capable(x)):
+        if x.is_cuda and (
+            0 in x.shape or torch.is_autocast_enabled("cuda") or not _cuda_layer.capable(x)
+        ):
             return False
         if batch_sizes is None and x.shape[1 if self.batch_first else 0] == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
