@@ -38,6 +38,9 @@ struct Right {
 // the panels of x and h go by.
 constexpr int64_t kDepth = 512;
 constexpr int64_t kStrip = 96;
+// So few rows of a single step are multiplied as they are: at H=256 16 rows took longer so, 12 did
+// not.
+constexpr int64_t kOuterRows = 12;
 
 template <class T>
 class BackwardPass {
@@ -204,6 +207,12 @@ class BackwardPass {
       if (in.dx.data && !active.ragged())
         through(w_ih_, dz_at(0, n0, n1 - n0), dx.block(s0, n0, n1 - n0), (s1 - s0) * (n1 - n0));
 
+      if (weights_ && in.sizes.steps == 1 && batch <= kOuterRows) {
+        all_.wait(threads);  // dz of the whole batch is there
+        outer_products(x.block(0, 0, batch), raw.block(0, 0, batch), m0, m1,
+                       share(output, threads, id));
+        return;
+      }
       if (in.dw_ih) {
         const auto [from, past] = share(x_shape_.count, threads, id);
         for_blocks(
@@ -270,6 +279,25 @@ class BackwardPass {
   static void for_blocks(const Active& active, int64_t s0, int64_t s1, F&& f) {
     if (!active.ragged()) return f(s0, 0, active.total(s0, s1));
     for (int64_t s = s0, row = 0; s < s1; row += active.at(s++)) f(s, row, active.at(s));
+  }
+
+  // The weight gradients of a single step: rows m0 <= m < m1, and those of W_hr.
+  void outer_products(Rows<const T> x, Rows<const T> raw, int64_t m0, int64_t m1,
+                      std::pair<int64_t, int64_t> hr) const {
+    const auto [steps, batch, input, hidden, output] = in_.sizes;
+    const Rows<const T> dz{dz_, 0, 4 * hidden, batch}, dh{dh_, 0, output, batch};
+    const auto add = [&, batch = batch](Rows<const T> left, Rows<const T> right, int64_t columns,
+                                        int64_t from, int64_t past, T* to) {
+      if (to) kernel_.outer(left, right, batch, columns, from, past, to);
+    };
+    add(dz, x, input, m0, m1, in_.dw_ih);
+    add(dz, state_.h0(), output, m0, m1, in_.dw_hh);
+    add(dh, raw, hidden, hr.first, hr.second, in_.dw_hr);
+    for (int64_t m = m0; in_.db && m < m1; ++m) {
+      T sum = 0;
+      for (int64_t n = 0; n < batch; ++n) sum += dz.at(0, n)[m];
+      in_.db[m] = sum;
+    }
   }
 
   // dh = grad_y + grad_h + dz W_hh for rows n0 <= n < n1; this thread's share of the columns.

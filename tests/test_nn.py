@@ -862,7 +862,15 @@ def test_double_backward_of_packed_and_projected(create_graph):
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
-    "sizes", [(T, N, D, H, 3), (1, 1, 9, 33, 32), (3, 2, 5, 70, 1), (40, 19, 30, 130, 67)], ids=str
+    "sizes",
+    [
+        (T, N, D, H, 3),
+        (1, 1, 9, 33, 32),
+        (1, 5, 9, 37, 19),
+        (3, 2, 5, 70, 1),
+        (40, 19, 30, 130, 67),
+    ],
+    ids=str,
 )
 @every_dtype
 def test_projections(bidirectional, bias, sizes, dtype, restore_threads):

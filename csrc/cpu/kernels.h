@@ -102,6 +102,10 @@ struct Kernels {
   // out[m] (+)= sum_k a[m][k] for m < rows, k < columns; `step` between the rows of a.
   void (*sum_rows)(const T* a, int64_t step, int64_t rows, int64_t columns, T* out,
                    bool accumulate);
+  // out[m][:] = sum_k a[k][m] b[k][:] for m0 <= m < m1, k < count: a^T b of few rows as they are.
+  // The rows of a and b are evenly spaced, by step_n.
+  void (*outer)(Rows<const T> a, Rows<const T> b, int64_t count, int64_t columns, int64_t m0,
+                int64_t m1, T* out);
 
   // Rows m0 <= m < m1 of C, panels p0 <= p < p1.
   void (*product)(const Product<T>&, int64_t m0, int64_t m1, int64_t p0, int64_t p1);

@@ -51,6 +51,36 @@ FASTLSTM_INLINE void for_panels(int64_t step, int64_t p0, int64_t p1, F&& f) {
   }
 }
 
+// Lanes of a partial vector, or all of them at compile time.
+struct AllLanes {
+  template <class T>
+  FASTLSTM_INLINE Vec<T> get(const T* p) const {
+    return load(p);
+  }
+  template <class T>
+  FASTLSTM_INLINE void put(T* p, Vec<T> v) const {
+    store(p, v);
+  }
+};
+struct FirstLanes {
+  int64_t width;
+  template <class T>
+  FASTLSTM_INLINE Vec<T> get(const T* p) const {
+    return load(p, width);
+  }
+  template <class T>
+  FASTLSTM_INLINE void put(T* p, Vec<T> v) const {
+    store(p, v, width);
+  }
+};
+template <class T, class F>
+FASTLSTM_INLINE void with_lanes(int64_t left, F&& f) {
+  if (left >= lanes<T>())
+    f(AllLanes());
+  else
+    f(FirstLanes{left});
+}
+
 // Panels that do not fit into L2 come from afar. Each tile of a panel brings in one part of the
 // next panel.
 template <class T>
@@ -280,37 +310,29 @@ void product(const Product<T>& in, int64_t m0, int64_t m1, int64_t p0, int64_t p
   }
 }
 
-// ---- the step forward ---------------------------------------------------------------------------
-
-// Lanes of a partial vector, or all of them at compile time.
-struct AllLanes {
-  template <class T>
-  FASTLSTM_INLINE Vec<T> get(const T* p) const {
-    return load(p);
+template <class T>
+void outer(Rows<const T> a, Rows<const T> b, int64_t count, int64_t columns, int64_t m0, int64_t m1,
+           T* out) {
+  constexpr int VL = lanes<T>(), V = kPanelVectors;
+  for (int64_t m = m0; m < m1; ++m) {
+    const auto add = [&](auto vectors, int64_t j, auto part) {
+      constexpr int W = decltype(vectors)::value;
+      Vec<T> sum[W] = {};
+      for (int64_t k = 0; k < count; ++k) {
+        const Vec<T> left = broadcast(a.at(0, k)[m]);
+        const T* right = b.at(0, k) + j;
+        for (int v = 0; v < W; ++v) sum[v] = fma(left, part.get(right + v * VL), sum[v]);
+      }
+      for (int v = 0; v < W; ++v) part.put(out + m * columns + j + v * VL, sum[v]);
+    };
+    int64_t j = 0;
+    for (; j + V * VL <= columns; j += V * VL) add(Int<V>(), j, AllLanes());
+    for (; j + VL <= columns; j += VL) add(Int<1>(), j, AllLanes());
+    if (j < columns) add(Int<1>(), j, FirstLanes{columns - j});
   }
-  template <class T>
-  FASTLSTM_INLINE void put(T* p, Vec<T> v) const {
-    store(p, v);
-  }
-};
-struct FirstLanes {
-  int64_t width;
-  template <class T>
-  FASTLSTM_INLINE Vec<T> get(const T* p) const {
-    return load(p, width);
-  }
-  template <class T>
-  FASTLSTM_INLINE void put(T* p, Vec<T> v) const {
-    store(p, v, width);
-  }
-};
-template <class T, class F>
-FASTLSTM_INLINE void with_lanes(int64_t left, F&& f) {
-  if (left >= lanes<T>())
-    f(AllLanes());
-  else
-    f(FirstLanes{left});
 }
+
+// ---- the step forward ---------------------------------------------------------------------------
 
 // The cell: gates, c and h of one vector of units of batch row n, from z.
 template <class T, class L>
@@ -376,50 +398,81 @@ FASTLSTM_INLINE void dot_rows(const T* const (&a)[M], int64_t depth, const T* w,
     }
   };
   int64_t k = 0;
+  // Few rows of x: the weights come from afar. Fewer rounds of the loop, and the next rows asked
+  // for.
+  if constexpr (M <= 2)
+    for (; k + 4 * VL <= depth; k += 4 * VL) {
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) {
+        for (int r = 0; r < R; ++r) __builtin_prefetch(w + (R + r) * depth + k + u * VL, 0, 3);
+        add(k + u * VL, AllLanes());
+      }
+    }
   for (; k + VL <= depth; k += VL) add(k, AllLanes());
   if (k < depth) add(k, FirstLanes{depth - k});
 }
+
+// z[m] = start + the products of one gate for the units from `unit` on, of which `width` are there.
+template <class T, int M, class L>
+FASTLSTM_INLINE void dot_units(const StepForward<T>& in, const T* const (&x)[M],
+                               const T* const (&h)[M], int64_t n, int64_t gate, int64_t unit,
+                               int64_t width, L part, Vec<T> (&z)[M]) {
+  constexpr int VL = lanes<T>();
+  constexpr int R = VL < 4 ? VL : 4;  // rows of weights at a time share the loads of x and h
+  Vec<T> sums[M][VL];
+  const auto add = [&](auto count, int64_t l) {
+    constexpr int C = decltype(count)::value;
+    Vec<T> total[C][M] = {};
+    const int64_t row = gate * in.hidden + unit + l;
+    dot_rows<T>(x, in.input, in.w_ih + row * in.input, total);
+    dot_rows<T>(h, in.output, in.w_hh + row * in.output, total);
+    for (int r = 0; r < C; ++r)
+      for (int m = 0; m < M; ++m) sums[m][l + r] = total[r][m];
+  };
+  int64_t l = 0;
+  for (; l + R <= width; l += R) add(Int<R>(), l);
+  for (; l < width; ++l) add(Int<1>(), l);
+  for (; l < VL; ++l)
+    for (int m = 0; m < M; ++m) sums[m][l] = Vec<T>{};
+  for (int m = 0; m < M; ++m)
+    z[m] = sum_each<T>(sums[m]) + part.get(in.start.at(0, n + m) + unit + gate * in.hidden);
+}
+
+// Panels whose weights are read before their cells are computed: long runs through memory, and
+// cells side by side.
+constexpr int64_t kDirectPanels = 4;
 
 // The same step on weights as they are, along their rows: for so few rows of x that packing the
 // weights would cost more than it saves.
 template <class T>
 void step_forward_direct(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p0, int64_t p1) {
   constexpr int VL = lanes<T>();
-  constexpr int R = VL < 4 ? VL : 4;  // rows of weights at a time share the loads of x and h
   const int64_t H = in.hidden;
-  for (int64_t p = p0; p < p1; ++p) {
-    const int64_t unit = p * VL;
-    const int64_t width = H - unit < VL ? H - unit : VL;
-    with_lanes<T>(H - unit, [&](auto part) {
-      for_tiles(n0, n1, [&](int64_t n, auto rows) {
-        constexpr int M = decltype(rows)::value;
-        const T *x[M], *h[M];
-        for (int m = 0; m < M; ++m) {
-          x[m] = in.x.at(0, n + m);
-          h[m] = in.h_prev.at(0, n + m);
+  const int64_t most = n1 - n0 > kTileRows ? 1 : kDirectPanels;  // more tiles: the weights in L2
+  for (int64_t first = p0; first < p1; first += most) {
+    const int64_t count = p1 - first < most ? p1 - first : most;
+    for_tiles(n0, n1, [&](int64_t n, auto rows) {
+      constexpr int M = decltype(rows)::value;
+      const T *x[M], *h[M];
+      for (int m = 0; m < M; ++m) {
+        x[m] = in.x.at(0, n + m);
+        h[m] = in.h_prev.at(0, n + m);
+      }
+      Vec<T> z[4][kDirectPanels][M];
+      for (int64_t gate = 0; gate < 4; ++gate)
+        for (int64_t p = 0; p < count; ++p) {
+          const int64_t unit = (first + p) * VL;
+          const int64_t width = H - unit < VL ? H - unit : VL;
+          with_lanes<T>(H - unit, [&](auto part) {
+            dot_units<T>(in, x, h, n, gate, unit, width, part, z[gate][p]);
+          });
         }
-        Vec<T> z[M][4];
-        for (int gate = 0; gate < 4; ++gate) {
-          Vec<T> sums[M][VL];
-          const auto add = [&](auto count, int64_t l) {
-            constexpr int C = decltype(count)::value;
-            Vec<T> total[C][M] = {};
-            const int64_t row = gate * H + unit + l;
-            dot_rows<T>(x, in.input, in.w_ih + row * in.input, total);
-            dot_rows<T>(h, in.output, in.w_hh + row * in.output, total);
-            for (int r = 0; r < C; ++r)
-              for (int m = 0; m < M; ++m) sums[m][l + r] = total[r][m];
-          };
-          int64_t l = 0;
-          for (; l + R <= width; l += R) add(Int<R>(), l);
-          for (; l < width; ++l) add(Int<1>(), l);
-          for (; l < VL; ++l)
-            for (int m = 0; m < M; ++m) sums[m][l] = Vec<T>{};
+      for (int64_t p = 0; p < count; ++p)
+        with_lanes<T>(H - (first + p) * VL, [&](auto part) {
           for (int m = 0; m < M; ++m)
-            z[m][gate] = sum_each<T>(sums[m]) + part.get(in.start.at(0, n + m) + unit + gate * H);
-        }
-        for (int m = 0; m < M; ++m) cell_forward<T>(in, n + m, unit, z[m], part);
-      });
+            cell_forward<T>(in, n + m, (first + p) * VL,
+                            {z[0][p][m], z[1][p][m], z[2][p][m], z[3][p][m]}, part);
+        });
     });
   }
 }
@@ -520,9 +573,9 @@ double fma_loop(int64_t count) {
 
 template <class T>
 constexpr Kernels<T> table() {
-  return {lanes<T>(),       pack_gates<T>, pack_rows<T>,    transpose<T>,
-          sum_rows<T>,      product<T>,    step_forward<T>, step_forward_direct<T>,
-          step_backward<T>, map<T>,        fma_loop<T>};
+  return {lanes<T>(), pack_gates<T>, pack_rows<T>,    transpose<T>,           sum_rows<T>,
+          outer<T>,   product<T>,    step_forward<T>, step_forward_direct<T>, step_backward<T>,
+          map<T>,     fma_loop<T>};
 }
 
 }  // namespace
