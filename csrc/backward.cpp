@@ -68,6 +68,7 @@ class BackwardPass {
     h_place_ = workspace->reserve<T>(h_shape_.packed_size(plan.block * batch));
     raw_place_ = workspace->reserve<T>(raw_shape_.packed_size(plan.block * batch));
     dh_place_ = workspace->reserve<T>(in.layer.w_hr ? plan.block * batch * output : 0);
+    dc_place_ = workspace->reserve<T>(in.dc0 ? 0 : batch * hidden);
     // Where there are several blocks, slot `block` carries the dz of the step after the block.
     dz_place_ = workspace->reserve<T>((plan.block + (plan.block < steps)) * batch * 4 * hidden);
     strips_place_ = workspace->reserve<T>(weights_ ? plan.threads() * kStrip * kDepth : 0);
@@ -82,6 +83,7 @@ class BackwardPass {
     h_ = workspace.at<T>(h_place_);
     raw_ = workspace.at<T>(raw_place_);
     dh_ = workspace.at<T>(dh_place_);
+    dc_ = workspace.at<T>(dc_place_);
     dz_ = workspace.at<T>(dz_place_);
     strips_ = workspace.at<T>(strips_place_);
   }
@@ -105,7 +107,7 @@ class BackwardPass {
     const Series<T> dx(in.dx, in);
     const Series<const T> raw({in.raw, batch * hidden, hidden, batch}, in);
     const Rows<const T> grad_h{in.grad_h, 0, output, batch};
-    const Rows<T> dc{in.dc0, 0, hidden, batch};
+    const Rows<T> dc{in.dc0 ? in.dc0 : dc_, 0, hidden, batch};
     const Panels<T> x_panels = x_shape_.packed(x_, plan.block * batch);
     const Panels<T> h_panels = h_shape_.packed(h_, plan.block * batch);
     const Panels<T> raw_panels = raw_shape_.packed(raw_, plan.block * batch);
@@ -346,8 +348,8 @@ class BackwardPass {
   Right<T> w_hh_, w_hr_, w_ih_;
   const PanelShape x_shape_, h_shape_, raw_shape_, step_shape_;
   const bool weights_;  // a weight gradient is wanted
-  int64_t x_place_, h_place_, raw_place_, dh_place_, dz_place_, strips_place_;
-  T *x_, *h_, *raw_, *dh_, *dz_, *strips_;
+  int64_t x_place_, h_place_, raw_place_, dh_place_, dc_place_, dz_place_, strips_place_;
+  T *x_, *h_, *raw_, *dh_, *dc_, *dz_, *strips_;
   Barrier all_;
   std::vector<Barrier> row_group_;
 };

@@ -145,11 +145,11 @@ void run_backward(Array x, Array h0, Array c0, const Arrays& weights, Array y, A
   py::gil_scoped_release release;
   prefer_huge_pages(dx.data, dx.bytes());
   for (const Array& array : dweights) prefer_huge_pages(array.data, array.bytes());
-  with_type(dc0.itemsize, [&](auto* type) {
+  with_type(gates.itemsize, [&](auto* type) {
     using E = std::remove_pointer_t<decltype(type)>;
     const Shape shape(x, weights, batch_sizes);
     const auto [T, N, D, H, P] = shape.sizes;
-    const int directions = dc0.dims == 3 ? int(dc0.shape[0]) : 1;
+    const int directions = gates.dims > 2 ? int(gates.shape[0]) : 1;  // none of a cell
     Backward<E> passes[2];
     for (int d = 0; d < directions; ++d) {
       const Weights<E> dw(dweights, directions, d);

@@ -108,7 +108,7 @@ struct Backward {
   T* db;                 // (4H) or null: the gradient of either bias
   T* dw_hr;              // (P, H) or null
   T* dh0;                // (N, P) or null
-  T* dc0;                // (N, H), always computed
+  T* dc0;                // (N, H) or null
 };
 
 // threads >= 1 is the most that may be used. Throw std::bad_alloc and nothing else.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import threading
 
@@ -145,3 +146,48 @@ def test_a_training_step_of_torch():
     _, expected = step(theirs)
     for a, b in zip(found, expected, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
+
+
+def test_large_gradients_of_weights():
+    """A gradient that is dropped gives its memory to the next step; one that is kept is kept."""
+    torch = pytest.importorskip("torch", reason="tests of the torch side")
+    import fastlstm.nn
+
+    theirs = torch.nn.LSTM(520, 530)
+    ours = fastlstm.nn.convert(copy.deepcopy(theirs))
+
+    def step(rnn, seed):
+        x = torch.randn(3, 1, 520, generator=torch.Generator().manual_seed(seed))
+        rnn.zero_grad()
+        rnn(x)[0].square().sum().backward()
+        return rnn.weight_ih_l0.grad
+
+    def close(a, b):
+        return torch.allclose(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+
+    first = step(ours, 0)
+    assert first.nbytes >= _core.LARGE and not first._is_view() and first.is_contiguous()
+    assert close(first, step(theirs, 0))
+    kept = first.clone()
+    second = step(ours, 1)
+    assert second.data_ptr() != first.data_ptr() and torch.equal(first, kept)
+    assert close(second, step(theirs, 1))
+    places = {p.grad.data_ptr() for p in ours.parameters()} | {first.data_ptr()}
+    del first, second
+    third = step(ours, 0)
+    assert third.data_ptr() in places and torch.equal(third, kept)
+    third.share_memory_()  # moves it
+    assert third.is_shared() and torch.equal(third, kept)
+
+
+def test_accumulated_gradients():
+    torch = pytest.importorskip("torch", reason="tests of the torch side")
+    import fastlstm.nn
+
+    rnn = fastlstm.nn.LSTM(520, 530)
+    x = torch.randn(3, 1, 520)
+    once = torch.autograd.grad(rnn(x)[0].sum(), list(rnn.parameters()))
+    for _ in range(3):
+        rnn(x)[0].sum().backward()
+    for parameter, grad in zip(rnn.parameters(), once, strict=True):
+        assert torch.allclose(parameter.grad, 3 * grad, rtol=1e-5)

@@ -93,19 +93,30 @@ def new_results(
     c_n = x.new_empty(directions, N, H)
     new: Callable[..., Tensor] = x.new_empty
     if type(x) is Tensor and x.is_cpu and 16 * y.numel() >= _core.LARGE:
-        new = partial(memory_to_keep, x)
+        new = partial(memory_of_a_step, x)
     gates = new(directions, *time, 4 * H) if keep else None
     cells = new(directions, *time, H) if keep else None
     raw = new(directions, *time, H) if keep and projects else None
     return y, h_n, c_n, (gates, cells, raw)
 
 
-def memory_to_keep(like: Tensor, *shape: int) -> Tensor:
-    """Return memory on the CPU, for the backward pass alone: if large, that of an earlier step."""
+def memory_of_a_step(like: Tensor, *shape: int) -> Tensor:
+    """Return memory on the CPU that one step of training needs: if large, that of an earlier step.
+
+    For what nobody has a reason to resize, which large memory does not allow.
+    """
     size = prod(shape) * like.itemsize
     if size < _core.LARGE:
         return like.new_empty(shape)
-    return torch.frombuffer(_core.block(size), dtype=like.dtype).view(shape)
+    storage = torch.frombuffer(_core.block(size), dtype=like.dtype).untyped_storage()
+    return like.new_empty(0).set_(storage).resize_(shape)  # not a view of a tensor
+
+
+def memory_like(weight: Tensor) -> Tensor:
+    """Return memory for the gradient of a weight."""
+    if weight.nbytes < _core.LARGE:
+        return torch.empty_like(weight)
+    return memory_of_a_step(weight, *weight.shape)
 
 
 def observed() -> bool:
@@ -192,15 +203,22 @@ def run_backward(
         args = widened(*inputs), y, (gates, cells, raw), tuple(widened(*grads)), needed
         return narrowed(x.dtype, *run_backward(layer, *args))
     directions, batch_sizes = layer or (1, ())
-    lead = (directions,) if layer else ()
-    H, P = weights[0].shape[0] // 4, weights[1].shape[1]
-    N = batch_sizes[0] if batch_sizes else x.shape[-2]
     grad_y, grad_h, grad_c = map(gradient, grads)
     needs_x, needs_h0, needs_c0, *needs_weights = needed
-    dx = x.new_empty(*(lead if directions == 2 else ()), *x.shape) if needs_x else None
-    dh0 = x.new_empty(*lead, N, P) if needs_h0 else None
-    dc0 = x.new_empty(*lead, N, H)
-    dweights = memory_for(weights, needs_weights)
+    dx = dh0 = dc0 = None
+    if needs_x:
+        dx = (
+            torch.empty_like(x, memory_format=torch.contiguous_format)
+            if directions == 1
+            else x.new_empty(2, *x.shape)
+        )
+    if needs_h0:
+        dh0 = torch.empty_like(h0)
+    if needs_c0:
+        dc0 = torch.empty_like(c0)
+    dweights = [
+        memory_like(w) if need else None for w, need in zip(weights, needs_weights, strict=True)
+    ]
     _core.backward(
         x,
         h0,
@@ -221,12 +239,7 @@ def run_backward(
     )
     if directions == 2 and dx is not None:
         dx = dx[0].add_(dx[1])
-    return (dx, dh0, dc0 if needs_c0 else None, *dweights)
-
-
-def memory_for(weights: list[Tensor], needed: list[bool]) -> list[Tensor | None]:
-    """Return memory for the gradients that are needed."""
-    return [torch.empty_like(w) if need else None for w, need in zip(weights, needed, strict=True)]
+    return (dx, dh0, dc0, *dweights)
 
 
 def wants_grad(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]) -> bool:
