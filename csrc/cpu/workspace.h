@@ -1,5 +1,5 @@
 // Memory: huge pages, the scratch memory of passes that run together, and the blocks that Python
-// holds from a forward pass to its backward pass.
+// holds for one step of training.
 #pragma once
 
 #include <sys/mman.h>
@@ -97,8 +97,9 @@ class Workspace {
 };
 
 // A large block of memory, from those that were given back where one fits: a training step then
-// writes the pages of the step before, not fresh ones that the system has to find and zero. Those
-// kept are marked as free to take where the system runs short of memory.
+// writes the pages of the step before, not fresh ones that the system has to find and zero. Of
+// those kept, what is beyond kUnmarked is marked as free to take where the system runs short of
+// memory: to mark it, and to write it again, costs some 10 us a block.
 class Block {
  public:
   explicit Block(int64_t size) : size_(size), room_((size + kHuge - 1) / kHuge * kHuge) {
@@ -117,7 +118,7 @@ class Block {
   void* data() const { return memory_; }
   int64_t size() const { return size_; }
 
-  static constexpr int64_t kLarge = 4 << 20;  // smaller memory is as well from malloc
+  static constexpr int64_t kLarge = 1 << 20;  // smaller memory is as well from malloc
 
  private:
   // Blocks nobody holds, the longest unused first. It never waits: where another thread is at it,
@@ -148,7 +149,7 @@ class Block {
         ::operator delete(free_.front().memory, std::align_val_t(kHuge));
         free_.erase(free_.begin());
       }
-      madvise(memory, size_t(room), MADV_FREE);
+      if (total_ + room > kUnmarked) madvise(memory, size_t(room), MADV_FREE);
       free_.push_back({memory, room});
       total_ += room;
       return true;
@@ -160,6 +161,7 @@ class Block {
       int64_t room;
     };
     static constexpr int64_t kKept = 256 << 20;
+    static constexpr int64_t kUnmarked = 64 << 20;
     std::mutex mutex_;
     std::vector<Free> free_;
     int64_t total_ = 0;
