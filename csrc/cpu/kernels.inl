@@ -267,9 +267,12 @@ void one_pass(const Product<T>& in, int64_t m0, int64_t m1, int64_t p0, int64_t 
               if (in.start) start = load(in.start + first + v * vector_step, width[v]);
               for (int r = 0; r < M; ++r) acc[r][v] = start;
             }
-            // C comes from afar; ask for it before it is needed.
+            // C comes from afar; ask for it before it is needed. A vector may lie in two cache lines.
             for (int r = 0; r < M; ++r)
-              for (int v = 0; v < V; ++v) __builtin_prefetch(c[r] + v * vector_step, 1, 3);
+              for (int v = 0; v < V; ++v) {
+                __builtin_prefetch(c[r] + v * vector_step, 1, 3);
+                __builtin_prefetch(c[r] + v * vector_step + VL - 1, 1, 3);
+              }
             multiply<T, M, V>(a, in.depth, b, step, next_part(next, m - m0, in.depth), acc);
             if (whole) {
               for (int r = 0; r < M; ++r)

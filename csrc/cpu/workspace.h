@@ -173,7 +173,7 @@ class Block {
   }
 
   static constexpr int64_t kHuge = 2 << 20;
-  static constexpr int64_t kMost = int64_t(1) << 62;
+  static constexpr int64_t kMost = int64_t(1) << 48;  // more than an address space
   int64_t size_, room_;
   void* memory_ = nullptr;
 };
