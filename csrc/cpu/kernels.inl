@@ -267,7 +267,8 @@ void one_pass(const Product<T>& in, int64_t m0, int64_t m1, int64_t p0, int64_t 
               if (in.start) start = load(in.start + first + v * vector_step, width[v]);
               for (int r = 0; r < M; ++r) acc[r][v] = start;
             }
-            // C comes from afar; ask for it before it is needed. A vector may lie in two cache lines.
+            // C comes from afar; ask for it before it is needed. A vector may lie in two cache
+            // lines.
             for (int r = 0; r < M; ++r)
               for (int v = 0; v < V; ++v) {
                 __builtin_prefetch(c[r] + v * vector_step, 1, 3);
@@ -524,14 +525,25 @@ void step_backward(const StepBackward<T>& in, int64_t n0, int64_t n1, int64_t p0
               dh[r][V - 1] += last.get(from + (V - 1) * VL);
             }
           };
-          if (in.grad_y.data) add(in.grad_y);
-          if (in.grad_h.data) add(in.grad_h);
           if (in.next.data) {
+            // What comes after the product comes from afar, from another program's data if the
+            // last level is shared; its loads cannot begin before the product ends.
+            for (int r = 0; r < M; ++r)
+              for (int64_t unit = first; unit < first + V * VL; unit += VL) {
+                const auto ask = [&](Rows<const T> from, int64_t place) {
+                  __builtin_prefetch(from.at(0, n + r) + place, 0, 2);
+                };
+                if (in.grad_y.data) ask(in.grad_y, unit);
+                for (int gate = 0; gate < 4; ++gate) ask(in.gates, gate * H + unit);
+                ask(in.c_prev, unit);
+              }
             const T* a[M];
             for (int r = 0; r < M; ++r) a[r] = in.next.at(0, n + r);
             multiply<T, M, V>(a, in.depth, in.w.at(p), in.w.step(p),
                               next_part(in.w.at(next), n - n0, in.depth), dh);
           }
+          if (in.grad_y.data) add(in.grad_y);
+          if (in.grad_h.data) add(in.grad_h);
           for (int r = 0; r < M; ++r) {
             for (int v = 0; v < V - 1; ++v)
               cell_backward<T>(in, n + r, first + v * VL, dh[r][v], AllLanes());
