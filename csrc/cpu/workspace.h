@@ -102,15 +102,14 @@ class Workspace {
 // memory: to mark it, and to write it again, costs some 10 us a block.
 class Block {
  public:
-  explicit Block(int64_t size) : size_(size), room_((size + kHuge - 1) / kHuge * kHuge) {
-    if (size <= 0 || size > kMost) throw std::bad_alloc();
+  explicit Block(int64_t size) : size_(size), room_(rounded(size)) {
     if (!pool().take(&memory_, &room_)) {
-      memory_ = ::operator new(size_t(room_), std::align_val_t(kHuge));
-      madvise(memory_, size_t(room_), MADV_HUGEPAGE);
+      memory_ = ::operator new(size_t(room_), alignment(room_));
+      prefer_huge_pages(memory_, room_);
     }
   }
   ~Block() {
-    if (!pool().give(memory_, room_)) ::operator delete(memory_, std::align_val_t(kHuge));
+    if (!pool().give(memory_, room_)) release(memory_, room_);
   }
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
@@ -146,7 +145,7 @@ class Block {
       if (!lock || room > kKept) return false;
       while (total_ + room > kKept) {
         total_ -= free_.front().room;
-        ::operator delete(free_.front().memory, std::align_val_t(kHuge));
+        release(free_.front().memory, free_.front().room);
         free_.erase(free_.begin());
       }
       if (total_ + room > kUnmarked) madvise(memory, size_t(room), MADV_FREE);
@@ -172,8 +171,19 @@ class Block {
     return one;
   }
 
+  // Huge pages where rounding up to them adds less than a half.
+  static int64_t granularity(int64_t size) { return size < kHuge * 2 ? kPage : kHuge; }
+  static std::align_val_t alignment(int64_t room) { return std::align_val_t(granularity(room)); }
+  static int64_t rounded(int64_t size) {
+    if (size <= 0 || size > kMost) throw std::bad_alloc();
+    const int64_t unit = granularity(size);
+    return (size + unit - 1) / unit * unit;
+  }
+  static void release(void* memory, int64_t room) { ::operator delete(memory, alignment(room)); }
+
+  static constexpr int64_t kPage = 4096;
   static constexpr int64_t kHuge = 2 << 20;
-  static constexpr int64_t kMost = int64_t(1) << 48;  // more than an address space
+  static constexpr int64_t kMost = int64_t(1) << 48;  // no process has so many addresses
   int64_t size_, room_;
   void* memory_ = nullptr;
 };
