@@ -835,7 +835,7 @@ def test_layers_at_once(options, kind, with_state, dtype, restore_threads, monke
     assert calls[4:] == (["forward"] * 2 if module.dropout else ["infer"])  # it comes between
 
 
-@pytest.mark.parametrize("sizes", [[2, 3], [3, 0], [3, 1], [5, 1, -1], [6, 6]], ids=str)
+@pytest.mark.parametrize("sizes", [[], [2, 3], [3, 0], [3, 1], [5, 1, -1], [6, 6]], ids=str)
 def test_packed_sequences_made_by_hand(sizes):
     packed = rnn.PackedSequence(torch.zeros(5, D), torch.tensor(sizes, dtype=torch.int64))
     with pytest.raises(RuntimeError, match=r"input.batch_sizes: expected positive numbers"):
@@ -1136,6 +1136,41 @@ def test_autocast(cell, dtype):
         state = [leaf(*lead, 5, 33, dtype=d, seed=k) for k, d in enumerate((F32, c_dtype))]
         args = (x.detach().to(own).requires_grad_(), *state)
         assert [t.dtype for t in run(ours, *args)] == [t.dtype for t in run(theirs, *args)]
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("kind", ["dense", "equal lengths", "ragged"])
+@pytest.mark.parametrize("proj_size", [0, 3])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_dtypes_under_autocast(dtype, bidirectional, proj_size, kind):
+    """Those of nn.LSTM, wherever it has results: where oneDNN is not asked, c promotes."""
+    ours, theirs = pair(D, H, 2, proj_size=proj_size, bidirectional=bidirectional)
+    lengths = [T, T - 2, 1] if kind == "ragged" else [T] * N
+    sizes = (proj_size or H, H)
+
+    def run(module, x, state):
+        with torch.autocast("cpu", dtype):
+            return [t for t in flatten(module(x, state)) if t is not None]
+
+    compared = 0
+    for of_x, of_state in itertools.product((F32, *HALF), (None, F32, *HALF)):
+        x = leaf(T, N, D).detach().to(of_x)
+        if kind != "dense":
+            x = rnn.pack_padded_sequence(x, lengths)
+        state = of_state and [
+            leaf(4 if bidirectional else 2, N, size, dtype=of_state) for size in sizes
+        ]
+        mine = run(ours, x, state)
+        try:
+            expected = run(theirs, x, state)
+        except RuntimeError:  # no instructions for it, or two halves of different dtypes
+            continue
+        compared += 1
+        assert [t.dtype for t in mine] == [t.dtype for t in expected]
+        for one, other in zip(mine, expected, strict=True):
+            assert (one.float() - other.float()).abs().max() < 0.02
+    assert compared
 
 
 def test_autocast_leaves_float64_alone():

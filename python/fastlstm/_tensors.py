@@ -107,8 +107,8 @@ def fits(
 
 def check_batch_sizes(sizes: list[int], rows: int) -> None:
     """Raise where the batch sizes of a PackedSequence, which anyone can make, are wrong."""
-    right = all(a >= b for a, b in zip(sizes, [*sizes[1:], 1], strict=True))
-    if not sizes or not right or sum(sizes) != rows:
+    right = sizes and all(a >= b for a, b in zip(sizes, [*sizes[1:], 1], strict=True))
+    if not right or sum(sizes) != rows:
         raise RuntimeError(
             "input.batch_sizes: expected positive numbers that do not grow and add up to the rows "
             f"of input.data, {rows}, got {sizes}"

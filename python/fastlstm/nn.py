@@ -32,23 +32,35 @@ def _observed() -> bool:
     )
 
 
-def _autocast_dtype(x: Any, hx: Any, weights: list[Any]) -> torch.dtype | None:
-    """Return the dtype that autocast gives the tensors of a call, else None."""
+def _autocast_dtype(x: Any, hx: Any, weights: list[Any], fused: bool) -> torch.dtype | None:
+    """Return the dtype in which a call runs under autocast, None where autocast leaves it alone.
+
+    nn.LSTM casts all tensors where oneDNN runs a whole layer (`fused`); else, and in nn.LSTMCell,
+    only the products are cast, and c promotes what comes out.
+    """
     if not torch.is_autocast_enabled("cpu"):
         return None
-    tensors = [x, *(hx if isinstance(hx, (tuple, list)) else ()), *weights]
-    narrow = all(
+    states = hx if isinstance(hx, (tuple, list)) else ()
+    if not all(
         isinstance(t, Tensor) and t.is_cpu and t.dtype in (torch.float32, *_tensors.HALF)
-        for t in tensors
-    )
-    return torch.get_autocast_dtype("cpu") if narrow else None
+        for t in (x, *states, *weights)
+    ):
+        return None
+    dtype = torch.get_autocast_dtype("cpu")
+    if fused and x.dtype in (torch.float32, torch.bfloat16):
+        return dtype
+    return torch.promote_types((states[-1] if states else x).dtype, dtype)
 
 
-def _autocast_dtype_of_cell(x: Any, hx: Any, weights: list[Any]) -> torch.dtype | None:
-    """Return the same for a cell, whose results promote c, which nn.LSTMCell does not cast."""
-    dtype = _autocast_dtype(x, hx, weights)
-    c = hx[-1] if isinstance(hx, (tuple, list)) and hx else x
-    return None if dtype is None else torch.promote_types(c.dtype, dtype)
+def _projecting(layer: Any) -> Any:
+    """Return the layer as under autocast: h of a projection is its product's, c is promoted."""
+
+    def run(directions: int, x: Tensor, h0: Any, c0: Any, weights: Any, **ragged: Any) -> Any:
+        dtype = torch.get_autocast_dtype("cpu")
+        y, h, c = layer(directions, x.to(weights[0].dtype), h0, c0, weights, **ragged)
+        return y.to(dtype), h.to(dtype), c
+
+    return run
 
 
 # What torch says of a state of another dtype, where the operator it came to minds.
@@ -139,11 +151,15 @@ class LSTM(torch.nn.LSTM):
         if observed or autocast or not _core.fits(x, hx, weights, *sizes):
             packed = None if observed else _cuda_layer.served(self, input, hx, weights)
             if packed is None:
-                packed = _packed(x, hx, weights, _autocast_dtype(x, hx, weights))
+                fused = not (ragged and batch_sizes[0] != batch_sizes[-1])
+                dtype = self._autocast_dtype(x, hx, weights, fused)
+                packed = _packed(x, hx, weights, dtype)
                 if observed or not _core.fits(*packed, *sizes):
                     if not self._serves(*packed, input.batch_sizes if ragged else None):
                         return self._as_torch(input, hx, weights)
                     run = _transforms.run_layer
+                if dtype is not None and self.proj_size:
+                    run = _projecting(run)
             x, hx, weights = packed
 
         if not ragged:
@@ -171,6 +187,11 @@ class LSTM(torch.nn.LSTM):
         # As often as nn.LSTM reads them: each reading may draw numbers or step a power iteration.
         self._weights_have_changed()  # type: ignore[no-untyped-call]
         return [getattr(self, n) if hasattr(self, n) else None for n in names]
+
+    def _autocast_dtype(
+        self, x: Any, hx: Any, weights: list[Any], fused: bool
+    ) -> torch.dtype | None:
+        return _autocast_dtype(x, hx, weights, fused and not self.proj_size)
 
     def _run(self, x: Any, hx: Any, weights: list[Any], layer: Any) -> Any:
         """Run a dense batch, or no batch, in the layout that the caller has."""
@@ -217,21 +238,25 @@ class LSTM(torch.nn.LSTM):
         N = _traced_batch(input, hx) if ragged else None
         layout = (self.num_layers, 2 if self.bidirectional else 1, self.batch_first, 3, N)
         sizes = (self.input_size, self.hidden_size, self.proj_size, *layout)
-        dtype = _autocast_dtype(x, hx, weights)
+        # What is packed is ragged: whether it is stands in numbers that a graph does not have.
+        dtype = self._autocast_dtype(x, hx, weights, fused=not ragged)
         given = x, hx, weights
         x, state, packed = given if dtype is None else _packed(*given, dtype)
         autocast = torch.is_autocast_enabled("cuda" if weights[0].is_cuda else "cpu")
         if (dtype is None and autocast) or not _tensors.fits(x, state, packed, *sizes):
             return self._as_torch(input, hx, weights)
 
+        projects = dtype is not None and self.proj_size > 0
         if not ragged:
-            return self._run(x, state, packed, _transforms.run_layer)
+            layer = _transforms.run_layer
+            return self._run(x, state, packed, _projecting(layer) if projects else layer)
         if state is None:  # the operator reads N off the state
             H, P = self.hidden_size, self.proj_size or self.hidden_size
             state = [x.new_zeros(layout[0] * layout[1], N, size) for size in (P, H)]
         else:
             state = self.permute_hidden(state, input.sorted_indices)
         layer = partial(_ops.layer_of_graph, batch_sizes=input.batch_sizes)
+        layer = _projecting(layer) if projects else layer
         data, (h, c) = self._layers(x, state, packed, layer)
         y = PackedSequence(data, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
         return y, self.permute_hidden((h, c), input.unsorted_indices)
@@ -336,7 +361,7 @@ class LSTMCell(torch.nn.LSTMCell):
             if found is not None:
                 return found
         if observed or autocast or not _core.fits(input, hx, weights, *sizes):
-            packed = _packed(input, hx, weights, _autocast_dtype_of_cell(input, hx, weights))
+            packed = _packed(input, hx, weights, _autocast_dtype(input, hx, weights, fused=False))
             readable = not observed and _core.fits(*packed, *sizes)
             if not readable and not self._serves(*packed):
                 return super().forward(input, hx)
@@ -358,7 +383,7 @@ class LSTMCell(torch.nn.LSTMCell):
 
     def _traced(self, input: Any, hx: Any, weights: list[Any]) -> Any:
         """Run as the operator of a layer at T = 1."""
-        dtype = _autocast_dtype_of_cell(input, hx, weights)
+        dtype = _autocast_dtype(input, hx, weights, fused=False)
         given = input, hx, weights
         x, state, weights = given if dtype is None else _packed(*given, dtype)
         sizes = (self.input_size, self.hidden_size, 0, 1, 1, False, 2, None)
