@@ -151,8 +151,8 @@ class LSTM(torch.nn.LSTM):
         if observed or autocast or not _core.fits(x, hx, weights, *sizes):
             packed = None if observed else _cuda_layer.served(self, input, hx, weights)
             if packed is None:
-                fused = not (ragged and batch_sizes[0] != batch_sizes[-1])
-                dtype = self._autocast_dtype(x, hx, weights, fused)
+                unequal = ragged and batch_sizes[0] != batch_sizes[-1]
+                dtype = _autocast_dtype(x, hx, weights, not (unequal or self.proj_size))
                 packed = _packed(x, hx, weights, dtype)
                 if observed or not _core.fits(*packed, *sizes):
                     if not self._serves(*packed, input.batch_sizes if ragged else None):
@@ -187,11 +187,6 @@ class LSTM(torch.nn.LSTM):
         # As often as nn.LSTM reads them: each reading may draw numbers or step a power iteration.
         self._weights_have_changed()  # type: ignore[no-untyped-call]
         return [getattr(self, n) if hasattr(self, n) else None for n in names]
-
-    def _autocast_dtype(
-        self, x: Any, hx: Any, weights: list[Any], fused: bool
-    ) -> torch.dtype | None:
-        return _autocast_dtype(x, hx, weights, fused and not self.proj_size)
 
     def _run(self, x: Any, hx: Any, weights: list[Any], layer: Any) -> Any:
         """Run a dense batch, or no batch, in the layout that the caller has."""
@@ -239,7 +234,7 @@ class LSTM(torch.nn.LSTM):
         layout = (self.num_layers, 2 if self.bidirectional else 1, self.batch_first, 3, N)
         sizes = (self.input_size, self.hidden_size, self.proj_size, *layout)
         # What is packed is ragged: whether it is stands in numbers that a graph does not have.
-        dtype = self._autocast_dtype(x, hx, weights, fused=not ragged)
+        dtype = _autocast_dtype(x, hx, weights, not (ragged or self.proj_size))
         given = x, hx, weights
         x, state, packed = given if dtype is None else _packed(*given, dtype)
         autocast = torch.is_autocast_enabled("cuda" if weights[0].is_cuda else "cpu")
