@@ -31,6 +31,10 @@ def test_a_block_is_used_again():
     del again
     assert block(90 * MIB).ctypes.data == place  # with room to spare
     assert block(60 * MIB).ctypes.data != place  # with too much of it
+    short = block(400 << 10)
+    place = short.ctypes.data
+    del short
+    assert block(430 << 10).ctypes.data == place  # a slightly longer sequence
 
 
 @pytest.mark.parametrize("size", [-1, 0, 1 << 61, (1 << 62) + 1])

@@ -33,6 +33,7 @@ class Scratch {
   char* get(int64_t size) {
     if (size > size_) {
       release();
+      if (size < kKept / 2) size += size / 2;  // untouched, and room for a longer sequence
       align_ = std::align_val_t(size < kHuge ? kLine : kHuge);
       memory_ = static_cast<char*>(::operator new(size_t(size), align_));
       size_ = size;
@@ -117,7 +118,7 @@ class Block {
   void* data() const { return memory_; }
   int64_t size() const { return size_; }
 
-  static constexpr int64_t kLarge = 1 << 20;  // smaller memory is as well from malloc
+  static constexpr int64_t kLarge = 320 << 10;  // smaller memory is as well from malloc
 
  private:
   // Blocks nobody holds, the longest unused first. It never waits: where another thread is at it,
@@ -176,7 +177,8 @@ class Block {
   static std::align_val_t alignment(int64_t room) { return std::align_val_t(granularity(room)); }
   static int64_t rounded(int64_t size) {
     if (size <= 0 || size > kMost) throw std::bad_alloc();
-    const int64_t unit = granularity(size);
+    int64_t unit = granularity(size);
+    while (unit < size / 8) unit *= 2;  // so that steps of other lengths find room in it
     return (size + unit - 1) / unit * unit;
   }
   static void release(void* memory, int64_t room) { ::operator delete(memory, alignment(room)); }
