@@ -37,7 +37,7 @@ MATHS = {
     "bf16": (torch.bfloat16, 6e-2),
     "f16": (torch.float16, 8e-3),
 }
-H100 = _cuda_plan.Device(9, 0, 132, 232448, True)
+H100 = _cuda_plan.Device(9, 0, 132, 232448, True, (66, 32, 16, 7))
 
 
 @pytest.fixture(scope="session")
@@ -66,28 +66,31 @@ def emulated(module, monkeypatch):
     monkeypatch.setattr(_torch, "run_forward", _cuda_layer.run_forward)
     monkeypatch.setattr(_torch, "run_backward", _cuda_layer.run_backward)
 
-    def use(math, path, *, blocks=1, rows=1, per_direction=1, threads=64, chunks=1):
+    def use(math, path, *, blocks=1, rows=1, per_direction=1, threads=64, chunks=1, wide=False):
         def plan(x, N, H, P, directions, backward):
             if path == "steps" or H != P:
                 return math, _cuda_plan.STEPS
             units = -(-H // blocks)
-            sizes = H, units, rows, threads, chunks, path
-            taken, operand, weights = _cuda_plan.memory(math, backward, *sizes)
-            cut = -(-H // units), units, rows, per_direction * directions, threads, chunks
+            cut = _cuda_plan.Cut(path, -(-H // units), units, rows, threads, chunks, wide)
+            taken, operand, weights = _cuda_plan.memory(math, backward, cut)
             scratch = weights if path == "stream" else 0
-            return math, _cuda_plan.Plan(path, *cut, taken, operand, scratch, 0, "")
+            groups = per_direction * directions
+            sizes = units, rows, groups, threads, chunks, wide, taken, operand, scratch
+            return math, _cuda_plan.Plan(path, cut.blocks, *sizes, 0, "")
 
         monkeypatch.setattr(_cuda_layer, "_plan", plan)
 
     return use
 
 
-# path, blocks of a group, rows of a slice, groups of a direction, threads, chunks
+# path, blocks of a group, rows of a slice, groups of a direction, threads, chunks, wide
 PLANS = {
     "block": ("block", 1, 5, 1, 64),
     "block, several slices": ("block", 1, 2, 2, 96),
+    "block, wide": ("block", 1, 5, 1, 32, 1, True),
     "cluster": ("cluster", 3, 3, 1, 64),
     "cluster, slices in turn": ("cluster", 2, 2, 1, 96),
+    "cluster, wide": ("cluster", 4, 5, 1, 32, 1, True),
     "grid": ("grid", 3, 5, 1, 64),
     "grid, slices in turn": ("grid", 2, 2, 2, 96),
     "grid, in chunks": ("grid", 2, 5, 1, 64, 3),
@@ -99,7 +102,7 @@ PLANS = {
 
 def use_plan(emulated, math, name):
     path, *cut = PLANS[name]
-    names = "blocks", "rows", "per_direction", "threads", "chunks"
+    names = "blocks", "rows", "per_direction", "threads", "chunks", "wide"
     emulated(math, path, **dict(zip(names, cut, strict=False)))
 
 
@@ -196,7 +199,7 @@ def test_projections(emulated, bias, lengths):
 def test_many_tiles(emulated, math, threads):
     """More tiles than warps, more warps than tiles; five tiles of columns; several k-steps."""
     if threads == 32:
-        emulated(math, "grid", blocks=5, rows=9, threads=threads, per_direction=2)
+        emulated(math, "grid", blocks=5, rows=9, threads=threads, per_direction=2, wide=True)
     else:
         emulated(math, "block", rows=37, threads=threads)
     check({"T": 2, "N": 37, "D": 2, "H": 33 if threads == 32 else 13}, math)
@@ -213,8 +216,9 @@ def test_weights_in_registers_and_in_memory(emulated, math, threads, chunks, pat
     H = 140 if math == "tf32" else 280 if chunks == 2 else 140
     blocks = -(-H // 16)
     emulated(math, path, blocks=blocks, rows=2, threads=threads, chunks=chunks)
-    _, _, kept = _cuda_plan.memory(math, True, H, -(-H // blocks), 2, threads, chunks, path)
-    _, _, all_of_them = _cuda_plan.memory("f32", True, H, 16, 2, threads, chunks, path)
+    cut = _cuda_plan.Cut(path, blocks, -(-H // blocks), 2, threads, chunks, False)
+    _, _, kept = _cuda_plan.memory(math, True, cut)
+    _, _, all_of_them = _cuda_plan.memory("f32", True, cut)
     assert 0 < kept < all_of_them
     check({"T": 3, "N": 2, "D": 2, "H": H}, math)
 
@@ -390,142 +394,18 @@ def test_nan_stays_in_its_row(emulated):
 @pytest.mark.parametrize("math", MATHS)
 @pytest.mark.parametrize("backward", [False, True])
 def test_memory_is_that_of_the_layout(module, math, backward):
-    for H, units, rows, threads in ((1, 1, 1, 32), (100, 13, 9, 256), (768, 12, 8, 256)):
+    for H, units, rows, threads in ((1, 1, 1, 32), (100, 13, 9, 256), (768, 48, 8, 384)):
         for chunks, path in ((1, "cluster"), (1, "grid"), (3, "grid"), (2, "stream")):
-            expected = _cuda_plan.memory(math, backward, H, units, rows, threads, chunks, path)
-            sizes = {"H": H, "units": units, "rows": rows, "threads": threads, "chunks": chunks}
-            sizes |= {"local": int(path == "cluster"), "scratch": 8 * (path == "stream")}
-            blocks = -(-H // units)
-            found = module.memory(math, backward, blocks=blocks, **sizes)
-            assert found == (*expected, _cuda_plan.flag_stride(blocks))
-
-
-def test_what_the_module_refuses(module):
-    fits = dict(
-        T=1, N=1, H=4, directions=1, threads=32, blocks=1, units=4, rows=1, groups=1, local=1
-    )
-    fits |= dict(total=1, weight=8, gx=8, y=8, h_n=8, c_n=8)
-    for wrong, words in (
-        ({"T": 0}, "T, N, H, total: expected at least 1"),
-        ({"directions": 3}, "directions: expected 1 or 2"),
-        ({"threads": 48}, "threads: expected a multiple of 32"),
-        ({"blocks": 2}, "blocks, units: expected just enough blocks"),
-        ({"units": 3}, "blocks, units: expected just enough blocks"),
-        ({"rows": 33}, "rows: expected rows"),
-        ({"directions": 2}, "groups: expected a multiple of directions"),
-        ({"chunks": 2}, "chunks: expected 1 with local"),
-        ({"local": 0}, "exchange, flags: expected memory"),
-        ({"weight": 0}, "weight: expected memory"),
-        ({"gx": 0}, "expected gx, y, h_n, c_n"),
-        ({"other": 1}, "unknown keyword argument"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            module.recurrence("f32", False, 0, 0, **{**fits, **wrong})
-    with pytest.raises(ValueError, match="expected gates, cells, dz, dh0, dc0"):
-        module.recurrence("f32", True, 0, 0, **fits)
-    with pytest.raises(ValueError, match="math: expected bf16, f16, tf32, f32 or f64, got f8"):
-        module.recurrence("f8", False, 0, 0, **fits)
-    with pytest.raises(ValueError, match="expected z, h"):
-        module.step("f32", False, 0, 0, n=1, H=1, c=8)
-
-
-@pytest.mark.parametrize("plan", ["cluster", "grid, slices in turn", "stream", "steps"])
-@pytest.mark.parametrize("proj_size", [0, 3])
-def test_the_module(emulated, plan, proj_size):
-    """Two layers, both directions, packed and unsorted, through fastlstm.nn and the operators."""
-    use_plan(emulated, "f64", plan)
-    torch.manual_seed(0)
-    options = {"num_layers": 2, "bidirectional": True, "proj_size": proj_size}
-    theirs = torch.nn.LSTM(3, 11, **options).double()
-    ours = fastlstm.nn.LSTM(3, 11, **options).double()
-    ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(4, 5, 3, dtype=torch.float64)
-    packed = torch.nn.utils.rnn.pack_padded_sequence(x, [2, 4, 1, 4, 3], enforce_sorted=False)
-    found = []
-    for rnn in (ours, theirs):
-        rnn.zero_grad()
-        y, (h, c) = rnn(x)
-        y_packed, (h_packed, c_packed) = rnn(packed)
-        parts = y, h, c, y_packed.data, h_packed, c_packed
-        sum(part.sin().sum() for part in parts).backward()
-        found.append([*parts, *(p.grad for p in rnn.parameters())])
-    for mine, other in zip(*found, strict=True):
-        assert torch.allclose(mine, other, rtol=1e-10, atol=1e-12)
-
-
-def test_the_operators(emulated):
-    use_plan(emulated, "f64", "grid")
-    rnn, x, _, hx, _ = problem(**SMALL, directions=2, dtype=torch.float64)
-    leaf = [t.clone().requires_grad_() for t in (x, *hx, *rnn._flat_weights)]
-    found = []
-    for layer in (_ops.layer_of_graph, _torch.run_layer):
-        y, h, c = layer(2, *leaf[:3], leaf[3:])
-        found.append([y, h, c, *torch.autograd.grad((y.sin().sum() + h.sum() * c.sum()), leaf)])
-    for mine, other in zip(*found, strict=True):
-        assert torch.equal(mine, other)
-
-
-def test_transforms(emulated):
-    """torch.func on these kernels, against a loop over nn.LSTM."""
-    use_plan(emulated, "f64", "grid")
-    torch.manual_seed(0)
-    theirs = [torch.nn.LSTM(3, 11, bidirectional=True).double() for _ in range(2)]
-    ours = fastlstm.nn.LSTM(3, 11, bidirectional=True).double()
-    params = {
-        n: torch.stack([dict(m.named_parameters())[n] for m in theirs]) for n in ours.state_dict()
-    }
-    x = torch.randn(2, 4, 5, 3, dtype=torch.float64)
-
-    def loss(params, x):
-        y, (_, c) = torch.func.functional_call(ours, params, (x,))
-        return y.sin().sum() + c.sum()
-
-    found = torch.func.vmap(torch.func.grad(loss))(params, x)
-    for k, module in enumerate(theirs):
-        y, (_, c) = module(x[k])
-        (y.sin().sum() + c.sum()).backward()
-        for name, p in module.named_parameters():
-            assert torch.allclose(found[name][k], p.grad, rtol=1e-10, atol=1e-12)
-
-
-def test_double_backward(emulated):
-    use_plan(emulated, "f64", "cluster")
-    rnn, x, _, hx, _ = problem(**SMALL, dtype=torch.float64)
-    found = []
-    for layer in (_torch.run_layer, torch_layer):
-        leaf = [t.detach().clone().requires_grad_() for t in (x, *hx, *rnn._flat_weights)]
-        y, *_ = layer(1, *leaf[:3], leaf[3:], [])
-        (grad,) = torch.autograd.grad(y.square().sum(), leaf[0], create_graph=True)
-        found.append(torch.autograd.grad(grad.square().sum(), leaf))
-    for mine, other in zip(*found, strict=True):
-        assert torch.allclose(mine, other, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("proj_size", [0, 2])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_only_right_shapes_reach_the_kernels(proj_size, bias, batch_first):
-    """What nn.LSTM refuses is left to it, errors included."""
-    rnn = torch.nn.LSTM(3, 5, 2, bias, batch_first, bidirectional=True, proj_size=proj_size)
-    weights = list(rnn._flat_weights)
-    P = proj_size or 5
-    x, alone, rows = torch.zeros(7, 6, 3), torch.zeros(7, 3), torch.zeros(9, 3)
-    N = 7 if batch_first else 6
-    hx = torch.zeros(4, N, P), torch.zeros(4, N, 5)
-    sizes = torch.tensor([N, 9 - N])
-
-    def right(x, hx=None, weights=weights, sizes=None):
-        return _cuda_layer._right_shapes(rnn, x, hx, weights, sizes)
-
-    assert right(x) and right(x, hx) and right(alone) and right(alone, [s[:, 0] for s in hx])
-    assert right(rows, None, sizes=sizes) and right(rows, hx, sizes=sizes)
-    wrong_hx = [(hx[0][:3], hx[1]), (hx[0], hx[1][:, 1:]), (hx[0], hx[1][..., 1:]), hx[:1] * 2]
-    for bad in wrong_hx if proj_size else wrong_hx[:3]:
-        assert not right(x, bad)
-    assert not right(x, [s[:, 0] for s in hx])
-    for bad in (x[..., :2], x[:, :0], x[:0], x[0, 0], x[None]):
-        assert not right(bad)
-    assert not right(x, sizes=sizes)
-    for k, weight in enumerate(weights):
-        assert not right(x, weights=[*weights[:k], weight[1:], *weights[k + 1 :]])
-    assert _cuda_layer.served(rnn, x, hx, weights) is None  # not on CUDA
+            for wide in (False, True):
+                blocks = -(-H // units)
+                cut = _cuda_plan.Cut(
+                    path if blocks > 1 else "block", blocks, units, rows, threads, chunks, wide
+                )
+                sizes = cut._asdict()
+                del sizes["path"]
+                sizes |= {"local": int(path == "cluster"), "scratch": 8 * (path == "stream")}
+                if blocks == 1 and path != "cluster":
+                    continue
+                found = module.memory(math, backward, H=H, **sizes)
+                expected = _cuda_plan.memory(math, backward, cut)
+                assert found == (*expected, _cuda_plan.flag_stride(blocks))

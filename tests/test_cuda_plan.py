@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 A100 = Device(8, 0, 108, 166912, True)
 RTX3090 = Device(8, 6, 82, 101376, True)
-H100 = Device(9, 0, 132, 232448, True)
-B200 = Device(10, 0, 148, 232448, True)
-RTX5090 = Device(12, 0, 170, 101376, True)
+H100 = Device(9, 0, 132, 232448, True, (66, 32, 16, 7))
+B200 = Device(10, 0, 148, 232448, True, (74, 36, 18, 8))
+RTX5090 = Device(12, 0, 170, 101376, True, (85, 42, 21, 0))
 T4 = Device(7, 5, 40, 65536, True)
 ALONE = Device(8, 0, 108, 166912, False)
 MATHS = ("bf16", "f16", "tf32", "f32", "f64")
@@ -42,8 +42,8 @@ def test_every_plan_fits_the_device(N, H, directions, math, backward, device):
     if p.path == "steps":
         return
     assert device.major >= 8
-    sizes = H, p.units, p.rows, p.threads, p.chunks, p.path
-    shared, operand, weights = _cuda_plan.memory(math, backward, *sizes)
+    cut = _cuda_plan.Cut(p.path, p.blocks, p.units, p.rows, p.threads, p.chunks, p.wide)
+    shared, operand, weights = _cuda_plan.memory(math, backward, cut)
     assert (p.shared_bytes, p.operand_bytes) == (shared, operand)
     assert p.scratch_bytes == (weights if p.path == "stream" else 0)
     assert p.local == (p.path in ("block", "cluster"))
@@ -51,7 +51,8 @@ def test_every_plan_fits_the_device(N, H, directions, math, backward, device):
     assert p.shared_bytes <= device.shared_bytes
     # every unit has one block, and no block is without units
     assert (p.blocks - 1) * p.units < H <= p.blocks * p.units
-    assert p.rows * p.units <= _cuda_plan.ELEMENTS * p.threads
+    assert p.units <= p.threads
+    assert p.rows <= _cuda_plan.most_elements(math, p.wide) * (p.threads // p.units)
     assert p.groups % directions == 0
     assert 1 <= p.groups // directions <= -(-N // p.rows)
     assert p.rows <= N
@@ -59,8 +60,7 @@ def test_every_plan_fits_the_device(N, H, directions, math, backward, device):
         assert device.cooperative
         assert p.groups * p.blocks <= device.multiprocessors
     elif p.path == "cluster":
-        assert device.major >= 9
-        assert p.blocks in (2, 4, 8)
+        assert p.groups <= device.clusters[_cuda_plan.CLUSTERS.index(p.blocks)]
     else:
         assert p.path == "block"
         assert p.blocks == 1

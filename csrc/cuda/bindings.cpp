@@ -31,18 +31,20 @@ void expect(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(what);
 }
 
-void check(const Recurrence& p, bool backward) {
+void check(const Recurrence& p, Math math, bool backward) {
   expect(p.T > 0 && p.N > 0 && p.H > 0 && p.total > 0, "T, N, H, total: expected at least 1");
   expect(p.directions == 1 || p.directions == 2, "directions: expected 1 or 2");
   expect(p.threads >= kWarp && p.threads <= kMaxThreads && p.threads % kWarp == 0,
-         "threads: expected a multiple of 32 up to 256");
+         "threads: expected a multiple of 32 up to 384");
   expect(p.blocks > 0 && p.units > 0 && int64_t(p.blocks) * p.units >= p.H &&
              int64_t(p.blocks - 1) * p.units < p.H,
          "blocks, units: expected just enough blocks for all units");
-  expect(p.rows > 0 && int64_t(p.rows) * p.units <= int64_t(kElements) * p.threads,
-         "rows: expected rows * units <= 2 * threads");
+  expect(p.units <= p.threads, "units: expected no more than threads");
+  expect(p.rows > 0 && p.rows <= most_elements(math, p.wide) * rows_of_a_pass(p),
+         "rows: expected no more elements than a thread can own");
   expect(p.groups > 0 && p.groups % p.directions == 0, "groups: expected a multiple of directions");
   expect(p.chunks > 0 && (p.chunks == 1 || !p.local), "chunks: expected 1 with local");
+  expect(!p.local || p.blocks <= 16, "blocks: expected at most 16 with local");
   expect(p.local || (p.exchange && p.flags), "exchange, flags: expected memory");
   for (int d = 0; d < p.directions; ++d) expect(p.weight[d], "weight: expected memory");
   if (backward)
@@ -51,7 +53,7 @@ void check(const Recurrence& p, bool backward) {
     expect(p.gx && p.y && p.h_n && p.c_n, "expected gx, y, h_n, c_n");
 }
 
-void check(const Pointwise& p, bool backward) {
+void check(const Pointwise& p, Math, bool backward) {
   expect(p.n > 0 && p.H > 0 && p.c, "n, H, c: expected a step");
   if (backward)
     expect(p.gates && p.cells && p.dh && p.dz && p.before >= 0, "expected gates, cells, dh, dz");
@@ -94,6 +96,7 @@ void fill(Recurrence& p, Fields& field) {
   field("groups", p.groups);
   field("chunks", p.chunks);
   field("local", p.local);
+  field("wide", p.wide);
   field("offsets", p.offsets);
   field("total", p.total);
   field("weight", p.weight[0]);
@@ -142,8 +145,8 @@ void call(const std::string& math, bool backward, int device, std::uintptr_t str
   Fields fields(given);
   fill(p, fields);
   fields.finish();
-  check(p, backward);
   const Math m = math_of(math);
+  check(p, m, backward);
   const py::gil_scoped_release release;
   run(p, m, backward, device, reinterpret_cast<void*>(stream));
 }
@@ -171,6 +174,8 @@ PYBIND11_MODULE(FASTLSTM_CUDA_MODULE, m) {
   m.def("memory", &memory, py::arg("math"), py::arg("backward"));
   m.def("properties", [](int device) {
     const DeviceProperties d = properties(device);
-    return py::make_tuple(d.major, d.minor, d.multiprocessors, d.shared_bytes, d.cooperative);
+    const auto& c = d.clusters;
+    return py::make_tuple(d.major, d.minor, d.multiprocessors, d.shared_bytes, d.cooperative,
+                          py::make_tuple(c[0], c[1], c[2], c[3]));
   });
 }

@@ -35,15 +35,55 @@ FASTLSTM_DEVICE void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
-// The same place in the shared memory of block `rank` of the cluster.
-template <class T>
-FASTLSTM_DEVICE T* of_peer(T* place, [[maybe_unused]] int rank) {
+// A block's barrier for data that others of its cluster store into its shared memory: a phase ends
+// when as many bytes have come as were expected, once in each phase.
+FASTLSTM_DEVICE uint32_t shared_address(const void* place) {
+  return uint32_t(__cvta_generic_to_shared(place));
+}
+FASTLSTM_DEVICE void barrier_begin([[maybe_unused]] uint64_t* barrier) {
 #if __CUDA_ARCH__ >= 900
-  uint64_t there;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(place), "r"(rank));
-  return reinterpret_cast<T*>(there);
-#else
-  return place;
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+FASTLSTM_DEVICE void barrier_expect([[maybe_unused]] uint64_t* barrier,
+                                    [[maybe_unused]] int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+#endif
+}
+FASTLSTM_DEVICE void barrier_wait([[maybe_unused]] uint64_t* barrier,
+                                  [[maybe_unused]] uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  } while (!done);
+#endif
+}
+// Stores 16 bytes at the same place in block `rank` of the cluster, and counts them at its barrier.
+FASTLSTM_DEVICE void store_to_peer([[maybe_unused]] Vec16* place, [[maybe_unused]] const Vec16& v,
+                                   [[maybe_unused]] uint64_t* barrier, [[maybe_unused]] int rank) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t there, counter;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(place)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(counter)
+      : "r"(shared_address(barrier)), "r"(rank));
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(there),
+      "r"(v.words[0]), "r"(v.words[1]), "r"(v.words[2]), "r"(v.words[3]), "r"(counter)
+      : "memory");
 #endif
 }
 
@@ -56,11 +96,15 @@ FASTLSTM_DEVICE void wait_acquire(const int32_t* flag, int32_t value) {
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
   } while (seen < value);
 }
-// Past the first-level cache, which does not see what other multiprocessors write.
-FASTLSTM_DEVICE Vec16 load_from_l2(const Vec16* place) {
-  const uint4 v = __ldcg(reinterpret_cast<const uint4*>(place));
-  return {{v.x, v.y, v.z, v.w}};
+// From global to shared memory, past the first-level cache, which does not see what other
+// multiprocessors write. The copies are there after wait_for_copies() and a barrier.
+FASTLSTM_DEVICE void copy_from_l2(Vec16* to, const Vec16* from) {
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
+      "l"(from)
+      : "memory");
 }
+FASTLSTM_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 template <class T>
 FASTLSTM_DEVICE Vec16 load16(const T* from) {
@@ -120,6 +164,15 @@ FASTLSTM_DEVICE float exponential(float v) { return expf(v); }
 FASTLSTM_DEVICE double exponential(double v) { return exp(v); }
 FASTLSTM_DEVICE float hyperbolic_tangent(float v) { return tanhf(v); }
 FASTLSTM_DEVICE double hyperbolic_tangent(double v) { return tanh(v); }
+// 2^v and 1 / v within a few units in the last place; right for infinities and NaN.
+FASTLSTM_DEVICE float quick_exp2(float v) {
+  asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(v));
+  return v;
+}
+FASTLSTM_DEVICE float quick_reciprocal(float v) {
+  asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(v));
+  return v;
+}
 FASTLSTM_DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
 FASTLSTM_DEVICE double fused(double a, double b, double c) { return fma(a, b, c); }
 
@@ -140,6 +193,17 @@ FASTLSTM_DEVICE void mma(float (&c)[4], const Vec16& a, uint32_t b0, uint32_t b1
     FASTLSTM_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
 }
 #undef FASTLSTM_MMA
+
+// The B fragments of two k-steps, by a whole warp: of eight rows `stride` bytes apart, 64 bytes
+// each.
+FASTLSTM_DEVICE void load_b(uint32_t (&b)[4], const char* first, int stride) {
+  const int lane = int(threadIdx.x) % kWarp;
+  const uint32_t at = uint32_t(__cvta_generic_to_shared(first)) + lane % 8 * stride + lane / 8 * 16;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+               : "r"(at)
+               : "memory");
+}
 
 }  // namespace
 }  // namespace fastlstm::cuda

@@ -123,11 +123,41 @@ FASTLSTM_UNSEEN inline void cluster_wait() {
   wait_at(cluster_barrier(), launch->running->arrived);
   __tsan_acquire(&cluster_barrier());
 }
-template <class T>
-FASTLSTM_UNSEEN inline T* of_peer(T* place, int rank) {
+FASTLSTM_UNSEEN inline char* of_peer(void* place, int rank) {
   const int first = block_index() / launch->cluster * launch->cluster;
   char* const there = reinterpret_cast<char*>(block_of(first + rank).shared.get());
-  return reinterpret_cast<T*>(there + (reinterpret_cast<char*>(place) - shared_memory()));
+  return there + (static_cast<char*>(place) - shared_memory());
+}
+
+// The barrier of a block for what its peers store: bytes yet to come, arrivals, phases that ended.
+struct Counter {
+  int32_t bytes;
+  int16_t arrived, phase;
+};
+FASTLSTM_UNSEEN inline void count(Counter* c, int bytes, int arrived) {
+  c->bytes += bytes;
+  c->arrived = int16_t(c->arrived + arrived);
+  launch->progress = true;
+  if (c->arrived != 1 || c->bytes != 0) return;
+  c->arrived = 0;
+  ++c->phase;
+}
+FASTLSTM_UNSEEN inline void barrier_begin(uint64_t* barrier) {
+  *reinterpret_cast<Counter*>(barrier) = {};
+}
+FASTLSTM_UNSEEN inline void barrier_expect(uint64_t* barrier, int bytes) {
+  __tsan_release(barrier);
+  count(reinterpret_cast<Counter*>(barrier), bytes, 1);
+}
+FASTLSTM_UNSEEN inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  while ((reinterpret_cast<Counter*>(barrier)->phase & 1) == int(parity)) give_way();
+  __tsan_acquire(barrier);
+}
+inline void store_to_peer(Vec16* place, const Vec16& v, uint64_t* barrier, int rank) {
+  *reinterpret_cast<Vec16*>(of_peer(place, rank)) = v;
+  char* const there = of_peer(barrier, rank);
+  __tsan_release(there);
+  count(reinterpret_cast<Counter*>(there), -int(sizeof(Vec16)), 0);
 }
 
 FASTLSTM_UNSEEN inline void note_progress() { launch->progress = true; }
@@ -138,7 +168,8 @@ inline void store_release(int32_t* flag, int32_t value) {
 inline void wait_acquire(const int32_t* flag, int32_t value) {
   while (__atomic_load_n(flag, __ATOMIC_ACQUIRE) < value) give_way();
 }
-inline Vec16 load_from_l2(const Vec16* place) { return *place; }
+inline void copy_from_l2(Vec16* to, const Vec16* from) { *to = *from; }
+inline void wait_for_copies() {}
 template <class T>
 inline Vec16 load16(const T* from) {
   return *reinterpret_cast<const Vec16*>(from);
@@ -197,6 +228,8 @@ inline float exponential(float v) { return std::exp(v); }
 inline double exponential(double v) { return std::exp(v); }
 inline float hyperbolic_tangent(float v) { return std::tanh(v); }
 inline double hyperbolic_tangent(double v) { return std::tanh(v); }
+inline float quick_exp2(float v) { return std::exp2(v); }
+inline float quick_reciprocal(float v) { return 1 / v; }
 inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
 inline double fused(double a, double b, double c) { return std::fma(a, b, c); }
 
@@ -242,6 +275,13 @@ FASTLSTM_UNSEEN inline void mma(float (&c)[4], const Vec16& a, uint32_t b0, uint
     const int row = e < 2 ? lane >> 2 : (lane >> 2) + 8, column = lane % 4 * 2 + (e & 1);
     for (int k = 0; k < K; ++k) c[e] += A[row][k] * B[k][column];
   }
+}
+
+// The B fragments of two k-steps: of eight rows `stride` bytes apart, 64 bytes each.
+inline void load_b(uint32_t (&b)[4], const char* first, int stride) {
+  const int lane = thread_index() % kWarp;
+  for (int i = 0; i < 4; ++i)
+    std::memcpy(&b[i], first + lane / 4 * stride + i * 16 + lane % 4 * 4, 4);
 }
 
 FASTLSTM_UNSEEN inline void fiber_main() {

@@ -6,16 +6,24 @@
 namespace fastlstm::cuda {
 namespace {
 
-template <Math kMath>
+template <Math kMath, bool kWide>
 void run_as(const Recurrence& p, bool backward) {
   const auto kernel = [](const void* q) {
-    recurrence_forward<kMath>(*static_cast<const Recurrence*>(q));
+    recurrence_forward<kMath, kWide>(*static_cast<const Task*>(q));
   };
   const auto kernel_backward = [](const void* q) {
-    recurrence_backward<kMath>(*static_cast<const Recurrence*>(q));
+    recurrence_backward<kMath, kWide>(*static_cast<const Task*>(q));
   };
-  emulate(p.groups * p.blocks, p.threads, p.local ? p.blocks : 1, layout(p, kMath, backward).bytes,
-          backward ? +kernel_backward : +kernel, &p);
+  const Task task{p, layout(p, kMath, backward)};
+  emulate(p.groups * p.blocks, p.threads, p.local ? p.blocks : 1, task.l.bytes,
+          backward ? +kernel_backward : +kernel, &task);
+}
+template <Math kMath>
+void run_as(const Recurrence& p, bool backward) {
+  if (p.wide || !on_tensor_cores(kMath))
+    run_as<kMath, true>(p, backward);
+  else
+    run_as<kMath, false>(p, backward);
 }
 
 template <Math kMath>
@@ -49,6 +57,6 @@ void run_math(const Params& p, Math math, bool backward) {
 
 void run(const Recurrence& p, Math math, bool backward, int, void*) { run_math(p, math, backward); }
 void run(const Pointwise& p, Math math, bool backward, int, void*) { run_math(p, math, backward); }
-DeviceProperties properties(int) { return {9, 0, 132, 232448, true}; }
+DeviceProperties properties(int) { return {9, 0, 132, 232448, true, {64, 32, 16, 7}}; }
 
 }  // namespace fastlstm::cuda

@@ -1,7 +1,10 @@
 // Launches the kernels on a device. Everything is queued on the caller's stream; nothing waits.
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "device.h"
 #include "kernels.inl"
@@ -28,12 +31,13 @@ class DeviceGuard {
   int before_ = 0;
 };
 
-template <Math kMath, bool kBackward>
-__global__ void __launch_bounds__(kMaxThreads, 1) recurrence_kernel(const Recurrence p) {
+template <Math kMath, bool kBackward, bool kWide>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    recurrence_kernel(const __grid_constant__ Task task) {
   if constexpr (kBackward)
-    recurrence_backward<kMath>(p);
+    recurrence_backward<kMath, kWide>(task);
   else
-    recurrence_forward<kMath>(p);
+    recurrence_forward<kMath, kWide>(task);
 }
 
 template <Math kMath, bool kBackward>
@@ -47,20 +51,24 @@ __global__ void __launch_bounds__(kMaxThreads) step_kernel(const Pointwise p) {
 template <class Params>
 using Kernel = void (*)(Params);
 
-template <bool kBackward>
-Kernel<const Recurrence> recurrence_for(Math math) {
+template <bool kBackward, bool kWide>
+Kernel<const Task> recurrence_for(Math math) {
   switch (math) {
     case Math::bf16:
-      return recurrence_kernel<Math::bf16, kBackward>;
+      return recurrence_kernel<Math::bf16, kBackward, kWide>;
     case Math::f16:
-      return recurrence_kernel<Math::f16, kBackward>;
+      return recurrence_kernel<Math::f16, kBackward, kWide>;
     case Math::tf32:
-      return recurrence_kernel<Math::tf32, kBackward>;
+      return recurrence_kernel<Math::tf32, kBackward, kWide>;
     case Math::f32:
-      return recurrence_kernel<Math::f32, kBackward>;
+      return recurrence_kernel<Math::f32, kBackward, true>;
     default:
-      return recurrence_kernel<Math::f64, kBackward>;
+      return recurrence_kernel<Math::f64, kBackward, true>;
   }
+}
+Kernel<const Task> recurrence_for(Math math, bool backward, bool wide) {
+  if (backward) return wide ? recurrence_for<true, true>(math) : recurrence_for<true, false>(math);
+  return wide ? recurrence_for<false, true>(math) : recurrence_for<false, false>(math);
 }
 
 template <bool kBackward>
@@ -77,15 +85,33 @@ Kernel<const Pointwise> step_for(Math math) {
   }
 }
 
+// What a kernel may ask of the device: all of a block's shared memory, and clusters of 16. Asked of
+// the driver once for each kernel and device, as every question takes the host some microseconds.
+void allow(const void* kernel, int device) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device})) return;
+  int bytes = 0, major = 0;
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+        "cudaDeviceGetAttribute");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+        "cudaFuncSetAttribute");
+  if (major >= 9)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+          "cudaFuncSetAttribute");
+  allowed.insert({kernel, device});
+}
+
 }  // namespace
 
 void run(const Recurrence& p, Math math, bool backward, int device, void* stream) {
   const DeviceGuard guard(device);
-  const auto kernel = backward ? recurrence_for<true>(math) : recurrence_for<false>(math);
-  const int bytes = layout(p, math, backward).bytes;
-  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-        "cudaFuncSetAttribute");
+  const auto kernel = recurrence_for(math, backward, p.wide);
+  const Task task{p, layout(p, math, backward)};
+  allow(reinterpret_cast<const void*>(kernel), device);
 
   // A group waits for its own blocks, so these must run at the same time: the blocks of a cluster
   // do; without clusters a cooperative launch promises it of all blocks, or fails.
@@ -93,7 +119,7 @@ void run(const Recurrence& p, Math math, bool backward, int device, void* stream
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(p.groups * p.blocks));
   config.blockDim = dim3(unsigned(p.threads));
-  config.dynamicSmemBytes = size_t(bytes);
+  config.dynamicSmemBytes = size_t(task.l.bytes);
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
   config.numAttrs = p.blocks > 1 ? 1 : 0;
@@ -105,7 +131,7 @@ void run(const Recurrence& p, Math math, bool backward, int device, void* stream
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
   }
-  check(cudaLaunchKernelEx(&config, kernel, p), "cudaLaunchKernelEx");
+  check(cudaLaunchKernelEx(&config, kernel, task), "cudaLaunchKernelEx");
 }
 
 void run(const Pointwise& p, Math math, bool backward, int device, void* stream) {
@@ -122,9 +148,32 @@ DeviceProperties properties(int device) {
     check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
     return value;
   };
-  return {get(cudaDevAttrComputeCapabilityMajor), get(cudaDevAttrComputeCapabilityMinor),
-          get(cudaDevAttrMultiProcessorCount), get(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          get(cudaDevAttrCooperativeLaunch) != 0};
+  DeviceProperties found{
+      get(cudaDevAttrComputeCapabilityMajor), get(cudaDevAttrComputeCapabilityMinor),
+      get(cudaDevAttrMultiProcessorCount),    get(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+      get(cudaDevAttrCooperativeLaunch) != 0, {}};
+  if (found.major < 9) return found;
+  const DeviceGuard guard(device);
+  const void* const kernel = reinterpret_cast<const void*>(recurrence_for(Math::bf16, true, false));
+  allow(kernel, device);
+  for (int i = 0; i < 4; ++i) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = 2u << i;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(2u << i);
+    config.blockDim = dim3(kMaxThreads);
+    config.dynamicSmemBytes = size_t(found.shared_bytes);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    // An error means that there is no such cluster here.
+    if (cudaOccupancyMaxActiveClusters(&found.clusters[i], kernel, &config) != cudaSuccess) {
+      found.clusters[i] = 0;
+      cudaGetLastError();
+    }
+  }
+  return found;
 }
 
 }  // namespace fastlstm::cuda

@@ -15,9 +15,12 @@
 namespace fastlstm::cuda {
 
 constexpr int kWarp = 32;
-constexpr int kMaxThreads = 256;
-constexpr int kElements = 2;  // most elements of the pointwise step that a thread owns
-constexpr int kHeld = 28;     // most A fragments that a lane holds, in four registers each
+constexpr int kMaxThreads = 384;
+// A kernel has room in registers for weights or for many elements of the pointwise step, `wide`.
+constexpr int kHeld = 16;         // most A fragments that a lane holds, in four registers each
+constexpr int kElements = 2;      // most elements of the pointwise step that a thread owns
+constexpr int kWideElements = 8;  // the same where it holds no weights
+constexpr int kGroup = 4;         // k-steps that are loaded together
 
 // The arithmetic of a kernel: dtype in memory, dtype of sums, and who multiplies.
 enum class Math { bf16, f16, tf32, f32, f64 };
@@ -49,6 +52,7 @@ struct Recurrence {
   int32_t threads = 0, blocks = 0, units = 0, rows = 0, groups = 0;  // blocks is G, groups in all
   int32_t chunks = 1;  // parts in which the operand comes into shared memory; 1 with `local`
   int32_t local = 0;   // 1: a group is one cluster (or block) and exchanges through shared memory
+  int32_t wide = 0;    // 1: many elements for each thread, no weights in registers
 
   // (T+1,) the first row of each time where the batch is ragged, longest sequence first; or null,
   // then row (t, n) is t*N + n. `total` is the number of rows.
@@ -101,63 +105,84 @@ struct Pointwise {
 FASTLSTM_BOTH constexpr int round_up(int a, int b) { return (a + b - 1) / b * b; }
 FASTLSTM_BOTH constexpr int flag_stride(int blocks) { return round_up(blocks, 32); }
 
+FASTLSTM_BOTH constexpr int most_elements(Math m, bool wide) {
+  return m == Math::f64 ? 4 : wide || !on_tensor_cores(m) ? kWideElements : kElements;
+}
+// Elements of the pointwise step that a thread owns: unit thread % U, every (threads / U)-th row.
+FASTLSTM_BOTH constexpr int rows_of_a_pass(const Recurrence& p) { return p.threads / p.units; }
+
 // The product of a step is  out (M, R) = weights (M, K) * operand (R, K)^T.
-//   forward   M = 4U, row gate*U + u;  K = H;   operand h_{t-1};  out z
-//   backward  M = U;                   K = 4H;  operand dz_{t+1}; out dL/dh_t
-// It is cut into tiles of 16 x 8 outputs and k-steps of 32 bytes (the shape of one mma), and where
-// there are fewer tiles of rows than warps, over K: `splits` partial sums that the pointwise step
-// adds up in order. Tensor cores read whole tiles, so there weights and operand are padded to them.
-// A group that is no cluster keeps its operands in global memory, in `chunks` parts over K of
-// (r_rows, stride) each; one part at a time is in shared memory.
-// Where each warp has one tile of one split, it holds the first `held` k-steps of that in
+//   forward   M = 4U, row gate*U + u;  K = G*S;   operand h_{t-1};  out z
+//   backward  M = U;                   K = 4G*S;  operand dz_{t+1}; out dL/dh_t
+// where block b's unit u is k = b*S + u (+ gate*G*S); S, `unit_stride`, is U, in a cluster padded
+// to 16 bytes. It is cut into tiles of 16 x 8 outputs and k-steps of 32 bytes (the shape of one
+// mma), which go in pairs, and where there are fewer tiles of rows than warps, over K: `splits`
+// partial sums that the pointwise step adds up in order. Tensor cores read whole tiles, so there
+// weights and operand are padded to them. A group that is no cluster keeps its operands in global
+// memory, in `chunks` parts over K of (r_rows, stride) each; one part at a time is in shared
+// memory. Where each warp has one tile of one split, it holds the first `held` k-steps of that in
 // registers; the other weights, kept_steps of each tile of rows, lie in shared memory.
 struct Layout {
+  int unit_stride, K;
   int m_tiles, n_tiles, k_steps, splits;
   int chunk_steps;                 // k-steps of a part
   int held, kept_steps;            // k-steps in registers, of a split of the first part; the others
   int m_padded, r_padded;          // of the partial sums
   int m_rows, r_rows;              // of weights and operand in memory
   int weight_stride, stride;       // elements from a row to the next, of weights and operand
+  int partial_stride;              // and of the partial sums
   int chunk_bytes, operand_bytes;  // of a part of an operand and of the whole
   int weight_bytes;
-  int operand, partial, state, bytes;  // where things begin; the weights come first
+  int operand, partial, barriers, bytes;  // where things begin; the weights come first
 };
 
 FASTLSTM_BOTH constexpr Layout layout(const Recurrence& p, Math math, bool backward) {
   const int size = storage_bytes(math), sum = sum_bytes(math), warps = p.threads / kWarp;
-  const int M = backward ? p.units : 4 * p.units, K = backward ? 4 * p.H : p.H;
+  const int M = backward ? p.units : 4 * p.units;
   Layout l{};
+  l.unit_stride = p.local && p.blocks > 1 ? round_up(p.units, 16 / size) : p.units;
+  l.K = (backward ? 4 : 1) * p.blocks * l.unit_stride;
   l.m_padded = round_up(M, 16);
   l.r_padded = round_up(p.rows, 8);
   l.m_rows = on_tensor_cores(math) ? l.m_padded : M;
   l.r_rows = on_tensor_cores(math) ? l.r_padded : p.rows;
   l.m_tiles = l.m_padded / 16;
   l.n_tiles = l.r_padded / 8;
-  l.k_steps = (K * size + 31) / 32;
-  l.chunk_steps = (l.k_steps + p.chunks - 1) / p.chunks;
+  l.k_steps = round_up(l.K * size, 64) / 32;
+  l.chunk_steps = round_up((l.k_steps + p.chunks - 1) / p.chunks, 2);
+  const int pairs = l.chunk_steps / 2;
   l.splits = warps / l.m_tiles;
-  l.splits = l.splits < 1 ? 1 : l.splits > l.chunk_steps ? l.chunk_steps : l.splits;
-  l.held = on_tensor_cores(math) && l.m_tiles <= warps ? l.chunk_steps / l.splits : 0;
-  l.held = l.held < kHeld ? l.held : kHeld;
+  l.splits = l.splits < 1 ? 1 : l.splits > pairs ? pairs : l.splits;
+  l.held = on_tensor_cores(math) && !p.wide && l.m_tiles <= warps ? pairs / l.splits * 2 : 0;
+  l.held = (l.held < kHeld ? l.held : kHeld) / kGroup * kGroup;
   l.kept_steps = l.k_steps - l.held * l.splits;
-  // 16 bytes more than whole k-steps: rows begin 4 banks (mod 8) apart, so that the eight rows of a
-  // fragment are read without conflict.
+  // 16 bytes more than whole pairs: rows begin 4 banks (mod 8) apart, so that the eight rows of a
+  // fragment are read without conflict. The partial sums are written so with 4 columns more.
   l.weight_stride = (l.k_steps * 32 + 16) / size;
   l.stride = (l.chunk_steps * 32 + 16) / size;
+  l.partial_stride = l.m_padded + 4;
   l.chunk_bytes = l.r_rows * l.stride * size;
   l.operand_bytes = p.chunks * l.chunk_bytes;
   l.weight_bytes = l.m_rows * (on_tensor_cores(math) ? l.kept_steps * 32 : l.weight_stride * size);
   l.operand = p.scratch ? 0 : l.weight_bytes;
   l.partial = l.operand + (p.local ? 2 * l.operand_bytes : l.chunk_bytes);
-  l.state = l.partial + l.splits * l.r_padded * l.m_padded * sum;
-  l.bytes = l.state + 2 * round_up(p.rows * p.units * sum, 16);
+  l.barriers = l.partial + l.splits * l.r_padded * l.partial_stride * sum;
+  l.bytes = l.barriers + 16;
   return l;
 }
 
-// What a device offers; `cooperative`: whether a grid barrier is possible.
+// What a kernel of a recurrence gets.
+struct Task {
+  Recurrence p;
+  Layout l;
+};
+
+// What a device offers; `cooperative`: whether a grid barrier is possible; `clusters`: how many of
+// 2, 4, 8 and 16 blocks that take all shared memory run at the same time.
 struct DeviceProperties {
   int major, minor, multiprocessors, shared_bytes;
   bool cooperative;
+  int clusters[4];
 };
 
 // Defined by launch.cu on CUDA and by emulated.cpp on the host. They throw std::runtime_error.

@@ -216,6 +216,7 @@ def _launch(
         groups=plan.groups,
         chunks=plan.chunks,
         local=int(plan.local),
+        wide=int(plan.wide),
         offsets=_address(offsets),
         total=rows.total,
         weight=_address(weights[0]),

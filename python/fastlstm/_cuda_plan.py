@@ -5,7 +5,7 @@ each block with some hidden units, compute slices of the batch. On tensor cores 
 held in registers; for the rest:
 
 - ``block``: one block holds all of W_hh in its shared memory;
-- ``cluster``: up to eight blocks hold it, which exchange h through each other's shared memory
+- ``cluster``: up to sixteen blocks hold it, which exchange h through each other's shared memory
   (compute capability 9 and up);
 - ``grid``: any number of blocks hold it, which exchange h through the second-level cache;
 - ``stream``: the same with W_hh read from the second-level cache in every step;
@@ -26,21 +26,23 @@ STORAGE = {"bf16": 2, "f16": 2, "tf32": 4, "f32": 4, "f64": 8}
 SUM = {"bf16": 4, "f16": 4, "tf32": 4, "f32": 4, "f64": 8}
 _TENSOR_CORES = ("bf16", "f16", "tf32")
 
-THREADS = 256
-ELEMENTS = 2  # most elements of the pointwise step that a thread owns
-HELD = 28  # most k-steps of weights that a warp holds in registers
-CLUSTERS = (2, 4, 8)  # blocks of a cluster, up to what every device with clusters runs
+THREADS = (256, 384)
+HELD = 16  # most k-steps of weights that a warp holds in registers
+GROUP = 4  # k-steps that are loaded together
+CLUSTERS = (2, 4, 8, 16)  # blocks of a cluster
 
-# Nanoseconds of a step outside its product, multiply-adds per nanosecond of a multiprocessor, and
-# bytes per nanosecond of a multiprocessor: from its shared memory, from the second-level cache
-# alone, and from there with all others. Estimates; step by step the host is what takes time.
-_BASE = {"block": 600, "cluster": 1000, "grid": 1400, "stream": 1800, "steps": 20000}
-_PRODUCTS = {"bf16": 900, "f16": 900, "tf32": 450, "f32": 80, "f64": 40}
-_SHARED, _L2, _L2_SHARED = 200, 80, 35
+# Nanoseconds and rates measured on an H200 at 1.98 GHz; benchmarks/NOTES.md has the measurements.
+_BASE = {"block": 450, "cluster": 450, "grid": 550, "stream": 550, "steps": 20000}
+_MEET = {2: 430, 4: 440, 8: 450, 16: 550}  # an exchange within a cluster
+_MEET_GRID, _MEET_BLOCK = 1100, 8.5  # an exchange through flags, and for each block of the group
+_SHARED, _TO_PEERS, _L2, _L2_SHARED = 200, 33, 80, 35  # bytes per nanosecond of a multiprocessor
+_TILE = 0.82  # nanoseconds of a multiprocessor for an mma, of 16 x 8 outputs over 32 bytes of K
+_PRODUCTS = {"bf16": 900, "f16": 900, "tf32": 450, "f32": 80, "f64": 40}  # multiply-adds, likewise
+_ELEMENTS = 60  # nanoseconds of the pointwise part for one more element of each thread
 _REPLAYED = 5000  # nanoseconds of the host's step in a CUDA graph
 _MEMORY = 14  # bytes per nanosecond of a multiprocessor, from the device's memory with all others
 _CHUNKS = (1, 2, 4, 8)
-_CHUNK = 400  # nanoseconds of one more chunk
+_CHUNK = 800  # nanoseconds of one more chunk
 
 
 class Device(NamedTuple):
@@ -51,6 +53,7 @@ class Device(NamedTuple):
     multiprocessors: int
     shared_bytes: int  # that one block may take
     cooperative: bool  # whether blocks of one launch may wait for one another
+    clusters: tuple[int, ...] = (0, 0, 0, 0)  # of `CLUSTERS` blocks that run at the same time
 
 
 class Plan(NamedTuple):
@@ -63,6 +66,7 @@ class Plan(NamedTuple):
     groups: int
     threads: int
     chunks: int
+    wide: bool
     shared_bytes: int
     operand_bytes: int  # of one of a group's two operands in the exchange
     scratch_bytes: int  # of the weights of a block where shared memory does not hold them
@@ -75,36 +79,47 @@ class Plan(NamedTuple):
         return self.path in ("block", "cluster")
 
 
-STEPS = Plan("steps", 0, 0, 0, 0, 0, 1, 0, 0, 0, 0.0, "")
+STEPS = Plan("steps", 0, 0, 0, 0, 0, 1, False, 0, 0, 0, 0.0, "")
 
 
-def memory(
-    math: str,
-    backward: bool,
-    H: int,
-    units: int,
-    rows: int,
-    threads: int,
-    chunks: int,
-    path: str,
-) -> tuple[int, int, int]:
+class Cut(NamedTuple):
+    """How the work of a step is cut; the names are those of recurrence.h."""
+
+    path: str
+    blocks: int
+    units: int
+    rows: int
+    threads: int
+    chunks: int
+    wide: bool
+
+
+def memory(math: str, backward: bool, cut: Cut) -> tuple[int, int, int]:
     """Return bytes of a block's shared memory, of an operand, of weights not held: `layout()`."""
-    size = STORAGE[math]
-    M, K = (units, 4 * H) if backward else (4 * units, H)
+    path, blocks, units, rows, threads, chunks, wide = cut
+    size, tensor_cores, warps = STORAGE[math], math in _TENSOR_CORES, threads // 32
+    stride = _round_up(units, 16 // size) if path == "cluster" else units
+    M, K = (units, 4 * blocks * stride) if backward else (4 * units, blocks * stride)
     m_padded, r_padded = _round_up(M, 16), _round_up(rows, 8)
-    k_steps = -(-K * size // 32)
-    chunk_steps = -(-k_steps // chunks)
-    splits = min(max(threads // 32 // (m_padded // 16), 1), chunk_steps)
-    tensor_cores = math in _TENSOR_CORES
-    held = min(chunk_steps // splits, HELD) if m_padded // 16 <= threads // 32 else 0
+    m_tiles = m_padded // 16
+    k_steps = _round_up(K * size, 64) // 32
+    chunk_steps = _round_up(-(-k_steps // chunks), 2)
+    pairs = chunk_steps // 2
+    splits = min(max(warps // m_tiles, 1), pairs)
+    held = pairs // splits * 2 if tensor_cores and not wide and m_tiles <= warps else 0
+    held = min(held, HELD) // GROUP * GROUP
     kept_steps = k_steps - held * splits
     weights = m_padded * kept_steps * 32 if tensor_cores else M * (k_steps * 32 + 16)
     chunk = (r_padded if tensor_cores else rows) * (chunk_steps * 32 + 16)
-    partial = splits * r_padded * m_padded * SUM[math]
-    state = 2 * _round_up(rows * units * SUM[math], 16)
+    partial = splits * r_padded * (m_padded + 4) * SUM[math]
     operands = chunk if path in ("grid", "stream") else 2 * chunk
     shared = 0 if path == "stream" else weights
-    return shared + operands + partial + state, chunks * chunk, weights
+    return shared + operands + partial + 16, chunks * chunk, weights
+
+
+def most_elements(math: str, wide: bool) -> int:
+    """Return how many elements of the pointwise step a thread can own."""
+    return 4 if math == "f64" else 8 if wide or math not in _TENSOR_CORES else 2
 
 
 def flag_stride(blocks: int) -> int:
@@ -195,63 +210,79 @@ def _candidates(
     N: int, H: int, directions: int, math: str, backward: bool, device: Device
 ) -> Iterator[Plan]:
     # Tensor cores compute eight rows at the price of one.
-    tiles = (8, 16, 32, 64, 128) if math in _TENSOR_CORES else (1, 2, 4, 8, 16, 32, 64, 128)
+    tensor_cores = math in _TENSOR_CORES
+    tiles = (8, 16, 32, 64, 128) if tensor_cores else (1, 2, 4, 8, 16, 32, 64, 128)
     for units in sorted({-(-H // b) for b in range(1, min(H, device.multiprocessors) + 1)}):
         blocks = -(-H // units)
         for path in ("block",) if blocks == 1 else ("cluster", "grid", "stream"):
-            if path == "cluster" and (blocks not in CLUSTERS or device.major < 9):
-                continue
-            local = path in ("block", "cluster")
             most = device.multiprocessors // (blocks * directions)
-            if not local and (not device.cooperative or most < 1):
+            if path == "cluster":
+                if blocks not in CLUSTERS or not device.clusters[CLUSTERS.index(blocks)]:
+                    continue
+                most = device.clusters[CLUSTERS.index(blocks)] // directions
+            elif path != "block" and (not device.cooperative or most < 1):
                 continue
             if path == "stream":
                 most = 1  # more groups would read more weights
-            for tall in tiles:
-                slices = -(-N // tall)
-                rows = -(-N // slices)
-                if rows * units > ELEMENTS * THREADS:
-                    break
-                for chunks in (1,) if local else _CHUNKS:
-                    sizes = H, units, rows, THREADS, chunks, path
-                    taken, operand, weights = memory(math, backward, *sizes)
-                    if taken <= device.shared_bytes:
+            for threads in THREADS:
+                if units > threads:
+                    continue
+                for tall in tiles:
+                    slices = -(-N // tall)
+                    rows = -(-N // slices)
+                    elements = -(-rows // (threads // units))
+                    m_tiles = -(-(1 if backward else 4) * units // 16)
+                    wide = tensor_cores and (elements > 2 or m_tiles > threads // 32)
+                    if elements > most_elements(math, wide):
                         break
-                else:
-                    break
-                groups = min(slices, max(most, 1))
-                busy = blocks * groups * directions / device.multiprocessors
-                cost = _cost(path, blocks, units, rows, H, math, backward, operand, weights, busy)
-                cost += _CHUNK * (chunks - 1)
-                cost *= -(-slices // groups)  # slices that a group computes one after the other
-                cut = blocks, units, rows, groups * directions, THREADS, chunks
-                scratch = weights if path == "stream" else 0
-                yield Plan(path, *cut, taken, operand, scratch, cost, "")
-                if slices == 1:
-                    break
+                    for chunks in (1,) if path in ("block", "cluster") else _CHUNKS:
+                        cut = Cut(path, blocks, units, rows, threads, chunks, wide)
+                        taken, operand, weights = memory(math, backward, cut)
+                        if taken <= device.shared_bytes:
+                            break
+                    else:
+                        break
+                    groups = min(slices, max(most, 1))
+                    busy = blocks * groups * directions / device.multiprocessors
+                    cost = _cost(cut, H, math, backward, operand, weights, busy)
+                    cost *= -(-slices // groups)  # slices that a group computes in turn
+                    yield Plan(
+                        path,
+                        blocks,
+                        units,
+                        rows,
+                        groups * directions,
+                        threads,
+                        chunks,
+                        wide,
+                        taken,
+                        operand,
+                        weights if path == "stream" else 0,
+                        cost,
+                        "",
+                    )
+                    if slices == 1:
+                        break
 
 
 def _cost(
-    path: str,
-    blocks: int,
-    units: int,
-    rows: int,
-    H: int,
-    math: str,
-    backward: bool,
-    operand: int,
-    weights: int,
-    busy: float,
+    cut: Cut, H: int, math: str, backward: bool, operand: int, weights: int, busy: float
 ) -> float:
+    path, blocks, units, rows, threads, chunks, wide = cut
     M, K = (units, 4 * H) if backward else (4 * units, H)
     m_padded, r_padded = _round_up(M, 16), _round_up(rows, 8)
-    product = m_padded * r_padded * K / _PRODUCTS[math]
-    weights *= -(-r_padded // 32)  # times that they are read
+    if math in _TENSOR_CORES:
+        product = m_padded * r_padded * K * STORAGE[math] / (16 * 8 * 32) * _TILE
+    else:
+        product = m_padded * r_padded * K / _PRODUCTS[math]
+    weights *= -(-r_padded // (32 if wide else 16))  # times that they are read
     per_byte = max(1 / _L2, busy / _L2_SHARED)  # from the second-level cache
     reads = weights * per_byte if path == "stream" else weights / _SHARED
-    published = rows * units * (4 if backward else 1)
     if path in ("grid", "stream"):
-        exchange = operand * per_byte
+        exchange = _MEET_GRID + _MEET_BLOCK * blocks + operand * per_byte + _CHUNK * (chunks - 1)
+    elif path == "cluster":
+        exchange = _MEET[blocks] + operand / _TO_PEERS
     else:
-        exchange = published * blocks * 4 / THREADS
-    return _BASE[path] + max(product, reads) + exchange
+        exchange = 0
+    elements = -(-rows // (threads // units))
+    return _BASE[path] + max(product, reads) + exchange + _ELEMENTS * (elements - 1)
