@@ -8,6 +8,7 @@
 
 #define FASTLSTM_DEVICE __device__ __forceinline__
 #define FASTLSTM_UNROLL _Pragma("unroll")
+#define FASTLSTM_UNROLL_2 _Pragma("unroll 2")
 
 namespace fastlstm::cuda {
 namespace {
@@ -62,7 +63,7 @@ FASTLSTM_DEVICE void barrier_wait([[maybe_unused]] uint64_t* barrier,
   do {
     asm volatile(
         "{\n.reg .pred p;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
         "selp.u32 %0, 1, 0, p;\n}"
         : "=r"(done)
         : "r"(shared_address(barrier)), "r"(parity)
@@ -110,6 +111,9 @@ template <class T>
 FASTLSTM_DEVICE Vec16 load16(const T* from) {
   return *reinterpret_cast<const Vec16*>(from);
 }
+FASTLSTM_DEVICE void unpack(uint32_t (&to)[4], const Vec16& v) {
+  for (int i = 0; i < 4; ++i) to[i] = v.words[i];
+}
 FASTLSTM_DEVICE void unpack(float (&to)[4], const Vec16& v) {
   for (int i = 0; i < 4; ++i) to[i] = __uint_as_float(v.words[i]);
 }
@@ -117,7 +121,10 @@ FASTLSTM_DEVICE void unpack(double (&to)[2], const Vec16& v) {
   for (int i = 0; i < 2; ++i)
     to[i] = __hiloint2double(int(v.words[2 * i + 1]), int(v.words[2 * i]));
 }
-
+template <class Half>
+FASTLSTM_DEVICE void unpack(Half (&to)[8], const Vec16& v) {
+  for (int i = 0; i < 8; ++i) to[i].bits = uint16_t(v.words[i / 2] >> (i % 2 * 16));
+}
 FASTLSTM_DEVICE float to_sum(Bf16 v) { return __uint_as_float(uint32_t(v.bits) << 16); }
 FASTLSTM_DEVICE float to_sum(F16 v) { return __half2float(__ushort_as_half(v.bits)); }
 FASTLSTM_DEVICE float to_sum(float v) { return v; }
@@ -152,11 +159,33 @@ FASTLSTM_DEVICE Storage for_product(Storage v) {
     return v;
   }
 }
+template <Math kMath, class Word>
+FASTLSTM_DEVICE Word word_for_product(Word v) {
+  if constexpr (kMath == Math::tf32)
+    return __float_as_uint(for_product<kMath>(__uint_as_float(v)));
+  else
+    return v;
+}
 
-// Neighbouring elements as the register of a fragment that holds them.
-FASTLSTM_DEVICE uint32_t word_of(const float (&v)[1]) { return __float_as_uint(v[0]); }
-template <class Half>
-FASTLSTM_DEVICE uint32_t word_of(const Half (&v)[2]) {
+// Neighbouring elements as the register of a fragment that holds them; without tensor cores the
+// element itself.
+template <class Word>
+FASTLSTM_DEVICE Word word_as(float v) {
+  if constexpr (std::is_same_v<Word, uint32_t>)
+    return __float_as_uint(v);
+  else
+    return v;
+}
+template <class Word>
+FASTLSTM_DEVICE Word word_of(const float (&v)[1]) {
+  return word_as<Word>(v[0]);
+}
+template <class Word>
+FASTLSTM_DEVICE Word word_of(const double (&v)[1]) {
+  return v[0];
+}
+template <class Word, class Half>
+FASTLSTM_DEVICE Word word_of(const Half (&v)[2]) {
   return v[0].bits | uint32_t(v[1].bits) << 16;
 }
 

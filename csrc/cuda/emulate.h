@@ -23,6 +23,7 @@
 
 #define FASTLSTM_DEVICE inline
 #define FASTLSTM_UNROLL
+#define FASTLSTM_UNROLL_2
 
 #ifdef __SANITIZE_THREAD__
 #include <sanitizer/tsan_interface.h>
@@ -218,10 +219,17 @@ inline Storage for_product(Storage v) {
   }
 }
 
-template <class Storage, int N>
-inline uint32_t word_of(const Storage (&v)[N]) {
-  static_assert(sizeof(v) == 4);
-  return bits_as<uint32_t>(v);
+template <Math kMath, class Word>
+inline Word word_for_product(Word v) {
+  if constexpr (kMath == Math::tf32)
+    return bits_as<Word>(for_product<kMath>(bits_as<float>(v)));
+  else
+    return v;
+}
+
+template <class Word, class Storage, int N>
+inline Word word_of(const Storage (&v)[N]) {
+  return bits_as<Word>(v);
 }
 
 inline float exponential(float v) { return std::exp(v); }

@@ -4,6 +4,8 @@
 // README.md beside this file says why each exchange is ordered.
 #pragma once
 
+#include <type_traits>
+
 #include "recurrence.h"
 
 namespace fastlstm::cuda {
@@ -63,11 +65,11 @@ FASTLSTM_DEVICE Sum tanh_of(Sum z) {
     return hyperbolic_tangent(z);
 }
 
-// Quotients by the same divisor of 0 <= k < 2^21, without the cost of a division of integers.
+// Quotients by the same divisor of 0 <= k < 2^20, without the cost of a division of integers.
 struct Divider {
   int by;
   float inverse;
-  FASTLSTM_DEVICE explicit Divider(int by) : by(by), inverse(1 / float(by)) {}
+  FASTLSTM_DEVICE explicit Divider(int by) : by(by), inverse(quick_reciprocal(float(by))) {}
   FASTLSTM_DEVICE int operator()(int k) const { return int((float(k) + 0.5f) * inverse); }
 };
 
@@ -75,6 +77,15 @@ struct Divider {
 template <class Storage>
 FASTLSTM_DEVICE Storage read(const void* tensor, int64_t place) {
   return tensor ? static_cast<const Storage*>(tensor)[place] : Storage{};
+}
+// A tensor, which may be absent, from one of its elements on.
+template <class Storage>
+FASTLSTM_DEVICE const Storage* moved(const void* tensor, int64_t places) {
+  return tensor ? static_cast<const Storage*>(tensor) + places : nullptr;
+}
+template <class Storage>
+FASTLSTM_DEVICE Storage* moved(void* tensor, int64_t places) {
+  return tensor ? static_cast<Storage*>(tensor) + places : nullptr;
 }
 template <class Storage, class Sum>
 FASTLSTM_DEVICE void write(void* tensor, int64_t place, Sum value) {
@@ -109,12 +120,19 @@ template <Math kMath, bool kBackward, bool kWide>
 struct Block {
   using Storage = typename Types<kMath>::Storage;
   using Sum = typename Types<kMath>::Sum;
+  // The weights come in words, of two elements in half precision.
+  using Word = std::conditional_t<on_tensor_cores(kMath), uint32_t, Storage>;
 
   static constexpr int kPerWord = sizeof(Storage) < 4 ? 4 / int(sizeof(Storage)) : 1;
   static constexpr int kOwned = most_elements(kMath, kWide);
   static constexpr int kRegisters = on_tensor_cores(kMath) && !kWide ? kHeld : 0;
   static constexpr int kMostTiles = kRegisters > 0 ? 2 : 4;  // of columns at once
   static constexpr int kParts = kBackward ? 4 : 1;           // of an operand: gates
+
+  // What a thread sends: 16 bytes from each of its places, to every `sides`-th peer.
+  struct Sending {
+    int places = 0, first = 0, width = 1, side = 0, sides = 1;
+  };
 
   const Recurrence& p;
   const Layout& l;
@@ -125,6 +143,8 @@ struct Block {
   int tick = 0;            // exchanges begun
   int u, n_first, n_step;  // this thread's unit, the first of its rows, and on to the next
   int m_first, split, k_first, k_end;  // of this warp's part of the product, in a whole chunk
+  Sending sending;
+  const Divider by_part;
   Vec16 held[kRegisters ? kRegisters : 1];
 
   FASTLSTM_DEVICE explicit Block(const Task& task)
@@ -136,7 +156,8 @@ struct Block {
         direction(group % p.directions),
         unit0(rank * p.units),
         units(p.H - unit0 < p.units ? p.H - unit0 : p.units),
-        shared(shared_memory()) {
+        shared(shared_memory()),
+        by_part(in_cluster() ? of_part() : 1) {
     u = thread % p.units;
     n_first = thread / p.units;
     n_step = rows_of_a_pass(p);
@@ -167,69 +188,170 @@ struct Block {
   FASTLSTM_DEVICE int first_step(int split) const {
     return l.chunk_steps / 2 * split / l.splits * 2;
   }
-  // Writes element (m, k) of the weights where `product` reads it, if no register holds it. On
-  // tensor cores in the order in which a lane's four registers of the A fragment of one mma are
-  // read, as one 16-byte load; each register holds the words (row g, word t), (g + 8, t),
-  // (g, t + 4), (g + 8, t + 4), where lane = 4 * g + t.
-  FASTLSTM_DEVICE void keep(int m, int k, Storage value) const {
-    Storage* const first = reinterpret_cast<Storage*>(p.scratch ? scratch() : shared);
+  // Writes word w (one element, in half precision two) of row m of the weights where `product`
+  // reads it, if no register holds it. On tensor cores in the order in which a lane's four
+  // registers of the A fragment of one mma are read, as one 16-byte load; each register holds the
+  // words (row g, word t), (g + 8, t), (g, t + 4), (g + 8, t + 4), where lane = 4 * g + t.
+  FASTLSTM_DEVICE void keep(int m, int w, Word value) const {
+    Word* const first = reinterpret_cast<Word*>(p.scratch ? scratch() : shared);
     if constexpr (on_tensor_cores(kMath)) {
-      const int word = k / kPerWord, step = word / 8;
+      const int step = w / 8;
       int before = l.held * l.splits;  // k-steps in registers
       if (l.held && step < l.chunk_steps) {
         const int own = ((step / 2 + 1) * l.splits - 1) / (l.chunk_steps / 2);
         if (step - first_step(own) < l.held) return;
         before = l.held * (own + 1);
       }
-      const int lane = m % 8 * 4 + word % 4, reg = m % 16 / 8 + word % 8 / 4 * 2;
-      const int fragment = (m / 16 * l.kept_steps + step - before) * kWarp + lane;
-      first[(fragment * 4 + reg) * kPerWord + k % kPerWord] = value;
+      const int lane = m % 8 * 4 + w % 4, reg = m % 16 / 8 + w % 8 / 4 * 2;
+      first[((m / 16 * l.kept_steps + step - before) * kWarp + lane) * 4 + reg] = value;
     } else {
-      first[m * l.weight_stride + k] = value;
+      first[m * l.weight_stride + w] = value;
     }
   }
-  // Element (m, k) of the weights, in W_hh; 0 where they are padded.
+  // The weights as they stand in W_hh; 0 where they are padded.
   struct Elements {
     const Storage* weight;
-    int H, units, own, unit0, unit_stride, K;
+    int H, units, unit0, end, unit_stride, K;
     Divider by_units, by_stride, by_part;
     FASTLSTM_DEVICE explicit Elements(const Block& b)
         : weight(static_cast<const Storage*>(b.p.weight[b.direction])),
           H(b.p.H),
           units(b.p.units),
-          own(b.units),
           unit0(b.unit0),
+          end(b.unit0 + b.units),
           unit_stride(b.l.unit_stride),
           K(b.l.K),
           by_units(units),
           by_stride(unit_stride),
           by_part(K / kParts) {}
-    FASTLSTM_DEVICE Storage operator()(int m, int k) const {
+    // Element (m, k), or where it would be if it is none.
+    struct Place {
+      int64_t at;
+      bool exists;
+    };
+    FASTLSTM_DEVICE Place place(int m, int k) const {
       const int part = kBackward ? by_part(k) : by_units(m);
       const int unit = unit0 + (kBackward ? m : m - part * units);
       const int in_part = kBackward ? k - part * by_part.by : k;
       const int block = by_stride(in_part), v = in_part - block * unit_stride;
       const int other = block * units + v;  // of the operand
-      const bool exists = k < K && part < 4 && unit < unit0 + own && v < units && other < H;
+      const bool exists = k < K && part < 4 && unit < end && v < units && other < H;
       const int64_t row = int64_t(part) * H + (kBackward ? other : unit);
-      return exists ? weight[row * H + (kBackward ? unit : other)] : Storage{};
+      return {row * H + (kBackward ? unit : other), exists};
+    }
+    FASTLSTM_DEVICE Storage operator()(int m, int k) const {
+      const Place found = place(m, k);
+      return found.exists ? weight[found.at] : Storage{};
+    }
+    FASTLSTM_DEVICE Word word(int m, int w) const {
+      Storage parts[kPerWord];
+      FASTLSTM_UNROLL
+      for (int j = 0; j < kPerWord; ++j) parts[j] = (*this)(m, w * kPerWord + j);
+      return word_of<Word>(parts);
+    }
+    // Whether 16 bytes of a row of W_hh are 16 bytes of the operand's or the block's units, and
+    // stand on a multiple of 16.
+    FASTLSTM_DEVICE bool by16() const {
+      constexpr int kPer16 = 16 / int(sizeof(Storage));
+      return H % kPer16 == 0 && units % kPer16 == 0 &&
+             reinterpret_cast<uintptr_t>(weight) % 16 == 0;
+    }
+    FASTLSTM_DEVICE Vec16 vector(int m, int k) const {
+      const Place found = place(m, k);
+      return found.exists ? load16(weight + found.at) : Vec16{};
     }
   };
   // Fills the registers: the same order, straight from W_hh.
   FASTLSTM_DEVICE void hold(const Elements& element) {
     const int lane = thread % kWarp;
+    if (!l.held || m_first >= l.m_tiles) return;
     FASTLSTM_UNROLL
     for (int i = 0; i < kRegisters; ++i) {
-      if (i >= l.held || m_first >= l.m_tiles) continue;
+      if (i >= l.held) continue;
       FASTLSTM_UNROLL
       for (int reg = 0; reg < 4; ++reg) {
         const int m = m_first * 16 + lane / 4 + reg % 2 * 8;
-        const int k = ((k_first + i) * 8 + lane % 4 + reg / 2 * 4) * kPerWord;
-        Storage parts[kPerWord];
-        FASTLSTM_UNROLL
-        for (int j = 0; j < kPerWord; ++j) parts[j] = for_product<kMath>(element(m, k + j));
-        held[i].words[reg] = word_of(parts);
+        held[i].words[reg] = element.word(m, (k_first + i) * 8 + lane % 4 + reg / 2 * 4);
       }
+    }
+    FASTLSTM_UNROLL
+    for (int i = 0; i < kRegisters; ++i) {
+      FASTLSTM_UNROLL
+      for (int reg = 0; reg < 4; ++reg)
+        held[i].words[reg] = word_for_product<kMath>(held[i].words[reg]);
+    }
+  }
+  // Calls load(place) and then store(place, loaded) for all places, kBatch loads at a time.
+  template <class Loaded, class Load, class Store>
+  FASTLSTM_DEVICE void copy(int places, Load&& load, Store&& store) const {
+    for (int first = thread; first < places; first += kBatch * p.threads) {
+      Loaded values[kBatch];
+      FASTLSTM_UNROLL
+      for (int j = 0; j < kBatch; ++j)
+        if (first + j * p.threads < places) values[j] = load(first + j * p.threads);
+      FASTLSTM_UNROLL
+      for (int j = 0; j < kBatch; ++j)
+        if (first + j * p.threads < places) store(first + j * p.threads, values[j]);
+    }
+  }
+  // Copies the weights that no register holds. Neighbouring threads read what is near in W_hh.
+  FASTLSTM_DEVICE void fill(const Elements& element) const {
+    const int words = l.k_steps * 32 / int(sizeof(Word));  // of a row
+    constexpr int kPer16 = 16 / int(sizeof(Storage)), kWords = 16 / int(sizeof(Word));
+    if (!element.by16()) {
+      const int width = kBackward ? l.m_rows : words;
+      const Divider by(width);
+      copy<Word>(
+          l.m_rows * words,
+          [&](int i) {
+            const int q = by(i), r = i - q * width;
+            return element.word(kBackward ? r : q, kBackward ? q : r);
+          },
+          [&](int i, Word value) {
+            const int q = by(i), r = i - q * width;
+            keep(kBackward ? r : q, kBackward ? q : r, word_for_product<kMath>(value));
+          });
+    } else if (!kBackward) {
+      const int width = words / kWords;  // a row of W_hh is a row of the weights
+      const Divider by(width);
+      copy<Vec16>(
+          l.m_rows * width,
+          [&](int i) { return element.vector(by(i), (i - by(i) * width) * kPer16); },
+          [&](int i, const Vec16& value) {
+            const int m = by(i), w = (i - m * width) * kWords;
+            Word parts[kWords];
+            unpack(parts, value);
+            FASTLSTM_UNROLL
+            for (int j = 0; j < kWords; ++j) keep(m, w + j, word_for_product<kMath>(parts[j]));
+          });
+    } else {
+      const int width = (l.m_rows + kPer16 - 1) / kPer16;  // a row is a column of the weights
+      const Divider by(width);
+      struct Rows {
+        Vec16 row[kPerWord];
+      };
+      copy<Rows>(
+          width * words,
+          [&](int i) {
+            const int w = by(i), m = (i - w * width) * kPer16;
+            Rows rows;
+            FASTLSTM_UNROLL
+            for (int j = 0; j < kPerWord; ++j) rows.row[j] = element.vector(m, w * kPerWord + j);
+            return rows;
+          },
+          [&](int i, const Rows& rows) {
+            const int w = by(i), m = (i - w * width) * kPer16;
+            Storage parts[kPerWord][kPer16];
+            FASTLSTM_UNROLL
+            for (int j = 0; j < kPerWord; ++j) unpack(parts[j], rows.row[j]);
+            FASTLSTM_UNROLL
+            for (int k = 0; k < kPer16; ++k) {
+              Storage pair[kPerWord];
+              FASTLSTM_UNROLL
+              for (int j = 0; j < kPerWord; ++j) pair[j] = parts[j][k];
+              if (m + k < l.m_rows) keep(m + k, w, word_for_product<kMath>(word_of<Word>(pair)));
+            }
+          });
     }
   }
 
@@ -237,24 +359,8 @@ struct Block {
   // clears the operands.
   FASTLSTM_DEVICE void begin() {
     const Elements element(*this);
-    const int k_padded = l.k_steps * 32 / int(sizeof(Storage));
-    const Divider by_m(l.m_rows), by_k(k_padded);
     if constexpr (kRegisters > 0) hold(element);
-    for (int first = thread; first < l.m_rows * k_padded; first += kBatch * p.threads) {
-      Storage values[kBatch];
-      const auto each = [&](auto&& f) {
-        FASTLSTM_UNROLL
-        for (int j = 0; j < kBatch; ++j) {
-          const int i = first + j * p.threads;
-          // Neighbouring threads read neighbouring elements of W_hh.
-          const int q = kBackward ? by_m(i) : by_k(i);
-          if (i < l.m_rows * k_padded)
-            f(values[j], kBackward ? i - q * l.m_rows : q, kBackward ? q : i - q * k_padded);
-        }
-      };
-      each([&](Storage& value, int m, int k) { value = element(m, k); });
-      each([&](Storage& value, int m, int k) { keep(m, k, for_product<kMath>(value)); });
-    }
+    fill(element);
     for (int i = l.operand / 16 + thread; i < l.partial / 16; i += p.threads)
       reinterpret_cast<Vec16*>(shared)[i] = Vec16{};
     // In a cluster also: no block publishes into another's operand before that is cleared, and its
@@ -293,37 +399,43 @@ struct Block {
       exchanged(slot ^ 1)[(chunk * l.r_rows + n) * l.stride + k - chunk * k_chunk] = stored;
     }
   }
-  // After all publishing of so many rows; what stands between arrive and wait does not delay the
-  // others.
-  FASTLSTM_DEVICE void arrive(int rows) {
+  // After all publishing; what stands between arrive and wait does not delay the others.
+  FASTLSTM_DEVICE void arrive() {
     ++tick;
     if (in_cluster()) {
       sync_block();
-      send(rows);
+      send();
     } else if (!p.local) {
       sync_block();
       if (thread == 0) store_release(p.flags + group * flag_stride(p.blocks) + rank, tick);
     }
   }
-  // Stores this block's part of the next operand into the shared memory of its peers. Each thread
-  // has one place, or some, and stores it to several peers.
-  FASTLSTM_DEVICE void send(int rows) {
-    const int of_part = l.unit_stride * int(sizeof(Storage)) / 16, of_row = kParts * of_part;
-    const int places = rows * of_row, peers = p.blocks - 1;
+  FASTLSTM_DEVICE void begin_slice(int rows) {
+    if (!in_cluster()) return;
+    sending.places = rows * kParts * of_part();
+    sending.width = at_most(sending.places, p.threads);
+    const Divider by_width(sending.width);
+    sending.side = by_width(thread);
+    sending.sides = by_width(p.threads);
+    sending.first = thread - sending.side * sending.width;
+    if (sending.side >= sending.sides) sending.first = sending.places;
+  }
+  FASTLSTM_DEVICE int of_part() const {
+    return l.unit_stride * int(sizeof(Storage)) / 16;  // places of a part of a row
+  }
+  // Stores this block's part of the next operand into the shared memory of its peers.
+  FASTLSTM_DEVICE void send() {
     uint64_t* const counter = barrier(slot ^ 1);
-    if (thread == 0) barrier_expect(counter, peers * places * 16);
-    const int width = at_most(places, p.threads), side = Divider(width)(thread);
-    const int sides = Divider(width)(p.threads);
-    if (side >= sides) return;
-    const Divider by_row(of_row), by_part(of_part);
-    for (int place = thread - side * width; place < places; place += width) {
-      const int n = by_row(place), in_row = place - n * of_row;
-      const int part = by_part(in_row), in_part = in_row - part * of_part;
-      const int k16 = (part * p.blocks + rank) * of_part + in_part;
-      Vec16* const at = reinterpret_cast<Vec16*>(operand(slot ^ 1)) +
-                        n * l.stride / (16 / int(sizeof(Storage))) + k16;
+    const int peers = p.blocks - 1;
+    if (thread == 0) barrier_expect(counter, peers * sending.places * 16);
+    Vec16* const to = reinterpret_cast<Vec16*>(operand(slot ^ 1));
+    const int row16 = l.stride * int(sizeof(Storage)) / 16;
+    for (int place = sending.first; place < sending.places; place += sending.width) {
+      const int part_of = by_part(place), in_part = place - part_of * of_part();
+      const int n = part_of / kParts, part = part_of % kParts;
+      Vec16* const at = to + n * row16 + (part * p.blocks + rank) * of_part() + in_part;
       const Vec16 value = *at;
-      for (int i = side; i < peers; i += sides) {
+      for (int i = sending.side; i < peers; i += sending.sides) {
         const int peer = rank + 1 + i;
         store_to_peer(at, value, counter, peer < p.blocks ? peer : peer - p.blocks);
       }
@@ -384,10 +496,18 @@ struct Block {
     return reinterpret_cast<Sum*>(shared + l.partial) +
            (split * l.r_padded + n) * l.partial_stride + m;
   }
-  FASTLSTM_DEVICE Sum product_at(int n, int m) const {
-    Sum sum = *partial(0, n, m);
-    for (int split = 1; split < l.splits; ++split) sum += *partial(split, n, m);
-    return sum;
+  // Outputs (n, m), (n, m + U), ... of the product.
+  template <int kCount>
+  FASTLSTM_DEVICE void product_at(int n, int m, Sum (&sums)[kCount]) const {
+    const Sum* from = partial(0, n, m);
+    FASTLSTM_UNROLL
+    for (int k = 0; k < kCount; ++k) sums[k] = from[k * p.units];
+    FASTLSTM_UNROLL_2
+    for (int split = 1; split < l.splits; ++split) {
+      from += l.r_padded * l.partial_stride;
+      FASTLSTM_UNROLL
+      for (int k = 0; k < kCount; ++k) sums[k] += from[k * p.units];
+    }
   }
 
   // One warp: the tile of rows m by the kTiles tiles of columns from n on, over the k-steps of its
@@ -410,7 +530,7 @@ struct Block {
     if constexpr (on_tensor_cores(kMath)) {
       const char* const rows = reinterpret_cast<const char*>(from + n * 8 * l.stride);
       const int row_bytes = l.stride * int(sizeof(Storage));
-      // So many k-steps (2 or kGroup), whose loads all come before the products.
+      // So many k-steps, whose loads all come before the products.
       const auto add = [&](auto steps, const Vec16* a) {
         constexpr int kSteps = decltype(steps)::value;
         uint32_t b[kSteps / 2][kTiles][4];
@@ -445,7 +565,7 @@ struct Block {
         for (int i = 0; i < kSteps; ++i) a[i] = kept[(k + i) * kWarp];
         add(steps, a);
       };
-      while (k + kGroup <= end) add_kept(Steps<kGroup>());
+      while (k + 4 <= end) add_kept(Steps<4>());
       if (k < end) add_kept(Steps<2>());
     } else {
       for (; k < end; ++k) multiply(sums[0], weights, from, m, n, before, k);
@@ -510,47 +630,50 @@ FASTLSTM_DEVICE void recurrence_forward(const Task& task) {
   const int slices = (p.N + p.rows - 1) / p.rows;
   for (int slice = b.group / p.directions; slice < slices; slice += p.groups / p.directions) {
     const int n0 = slice * p.rows, rows = p.N - n0 < p.rows ? p.N - n0 : p.rows;
+    b.begin_slice(rows);
     // Of the next step, on its way while the group meets: the input's part of the gates. It is
     // converted only where it is needed, since that would wait for it.
     Storage in[kOwned][4];
     Sum c[kOwned], h[kOwned];
     const auto load = [&](int s) {
-      const int t = d ? p.T - 1 - s : s, active = b.active(t) - n0;
-      const int64_t row = d * p.total + b.first_row(t) + n0;
+      const int t = d ? p.T - 1 - s : s, active = at_most(b.active(t) - n0, rows);
+      const auto gx = moved<Storage>(p.gx, (d * p.total + b.first_row(t) + n0) * 4 * H + unit);
       FASTLSTM_UNROLL
       for (int e = 0; e < kOwned; ++e) {
         const int n = b.row(e);
-        if (n >= rows || n >= active) continue;
+        if (n >= active) continue;
         FASTLSTM_UNROLL
-        for (int k = 0; k < 4; ++k)
-          in[e][k] = read<Storage>(p.gx, (row + n) * 4 * H + k * H + unit);
+        for (int k = 0; k < 4; ++k) in[e][k] = gx[(4 * n + k) * H];
       }
     };
 
+    const int64_t first = (int64_t(d) * p.N + n0) * H + unit;
     FASTLSTM_UNROLL
     for (int e = 0; e < kOwned; ++e) {
       const int n = b.row(e);
       if (n >= rows) continue;
-      const int64_t place = (int64_t(d) * p.N + n0 + n) * H + unit;
-      c[e] = to_sum(read<Storage>(p.c0, place));
-      h[e] = to_sum(read<Storage>(p.h0, place));
+      c[e] = to_sum(read<Storage>(p.c0, first + n * H));
+      h[e] = to_sum(read<Storage>(p.h0, first + n * H));
       b.publish(n, 0, h[e]);
     }
-    b.arrive(rows);
+    b.arrive();
     load(0);
     b.wait();
 
     for (int s = 0; s < p.T; ++s) {
-      const int t = d ? p.T - 1 - s : s, active = b.active(t) - n0;
-      const int64_t row = b.first_row(t) + n0;
+      const int t = d ? p.T - 1 - s : s, active = at_most(b.active(t) - n0, rows);
+      const int64_t row = b.first_row(t) + n0, kept = d * p.total + row;
+      const auto y = moved<Storage>(p.y, (row * p.directions + d) * H + unit);
+      const auto cells = moved<Storage>(p.cells, kept * H + unit);
+      const auto gates = moved<Storage>(p.gates, kept * 4 * H + unit);
       b.product();
       // What leaves is written while the group meets; many elements would take too many registers.
-      const auto store = [&](int n, const Sum(&gates)[4], Sum h, Sum c) {
-        const int64_t kept = d * p.total + row + n;
-        write<Storage>(p.y, ((row + n) * p.directions + d) * H + unit, h);
-        write<Storage>(p.cells, kept * H + unit, c);
+      const auto store = [&](int n, const Sum(&z)[4], Sum h, Sum c) {
+        y[n * p.directions * H] = to_storage<Storage>(h);
+        if (cells) cells[n * H] = to_storage<Storage>(c);
+        if (!gates) return;
         FASTLSTM_UNROLL
-        for (int k = 0; k < 4; ++k) write<Storage>(p.gates, kept * 4 * H + k * H + unit, gates[k]);
+        for (int k = 0; k < 4; ++k) gates[(4 * n + k) * H] = to_storage<Storage>(z[k]);
       };
       Sum z[kWide ? 1 : kOwned][4];
       FASTLSTM_UNROLL
@@ -559,21 +682,21 @@ FASTLSTM_DEVICE void recurrence_forward(const Task& task) {
         if (n >= rows) continue;
         Sum(&own)[4] = z[kWide ? 0 : e];
         if (n < active) {
+          b.product_at(n, b.u, own);
           FASTLSTM_UNROLL
-          for (int k = 0; k < 4; ++k)
-            own[k] = to_sum(in[e][k]) + b.product_at(n, k * p.units + b.u);
+          for (int k = 0; k < 4; ++k) own[k] += to_sum(in[e][k]);
           h[e] = cell_forward<kMath>(own, c[e]);
           if (kWide) store(n, own, h[e], c[e]);
         }
         b.publish(n, 0, h[e]);
       }
-      b.arrive(rows);
+      b.arrive();
+      if (s + 1 < p.T) load(s + 1);
       if (!kWide) {
         FASTLSTM_UNROLL
         for (int e = 0; e < kOwned; ++e)
-          if (b.row(e) < rows && b.row(e) < active) store(b.row(e), z[kWide ? 0 : e], h[e], c[e]);
+          if (b.row(e) < active) store(b.row(e), z[kWide ? 0 : e], h[e], c[e]);
       }
-      if (s + 1 < p.T) load(s + 1);
       b.wait();
     }
 
@@ -581,9 +704,8 @@ FASTLSTM_DEVICE void recurrence_forward(const Task& task) {
     for (int e = 0; e < kOwned; ++e) {
       const int n = b.row(e);
       if (n >= rows) continue;
-      const int64_t place = (int64_t(d) * p.N + n0 + n) * H + unit;
-      write<Storage>(p.c_n, place, c[e]);
-      write<Storage>(p.h_n, place, h[e]);
+      write<Storage>(p.c_n, first + n * H, c[e]);
+      write<Storage>(p.h_n, first + n * H, h[e]);
     }
   }
 }
@@ -604,28 +726,32 @@ FASTLSTM_DEVICE void recurrence_backward(const Task& task) {
   const int slices = (p.N + p.rows - 1) / p.rows;
   for (int slice = b.group / p.directions; slice < slices; slice += p.groups / p.directions) {
     const int n0 = slice * p.rows, rows = p.N - n0 < p.rows ? p.N - n0 : p.rows;
+    b.begin_slice(rows);
     Storage gates[kOwned][4], c[kOwned], c_before[kOwned], grad[kOwned];
     Sum dc[kOwned], dh[kOwned];
+    const int64_t first = (int64_t(d) * p.N + n0) * H + unit;
     const auto load = [&](int s) {
-      const int t = d ? s : p.T - 1 - s, active = b.active(t) - n0;
+      const int t = d ? s : p.T - 1 - s, active = at_most(b.active(t) - n0, rows);
       const int before = d ? t + 1 : t - 1;  // the time whose state step t started from
       const bool inside = before >= 0 && before < p.T;
       const int active_before = inside ? b.active(before) - n0 : 0;
-      const int64_t row = b.first_row(t) + n0;
-      const int64_t row_before = inside ? b.first_row(before) + n0 : 0;
+      const int64_t row = b.first_row(t) + n0, kept = d * p.total + row;
+      const auto z = moved<Storage>(p.gates, kept * 4 * H + unit);
+      const auto cells = moved<Storage>(p.cells, kept * H + unit);
+      const auto grad_y = moved<Storage>(p.grad_y, (row * p.directions + d) * H + unit);
+      const auto cells_before =
+          moved<Storage>(p.cells, inside ? (d * p.total + b.first_row(before) + n0) * H + unit : 0);
+      const auto c0 = moved<Storage>(p.c0, first);
       FASTLSTM_UNROLL
       for (int e = 0; e < kOwned; ++e) {
         const int n = b.row(e);
-        if (n >= rows || n >= active) continue;
-        const int64_t kept = d * p.total + row + n;
+        if (n >= active) continue;
         FASTLSTM_UNROLL
-        for (int k = 0; k < 4; ++k)
-          gates[e][k] = read<Storage>(p.gates, kept * 4 * H + k * H + unit);
-        c[e] = read<Storage>(p.cells, kept * H + unit);
-        c_before[e] = n < active_before
-                          ? read<Storage>(p.cells, (d * p.total + row_before + n) * H + unit)
-                          : read<Storage>(p.c0, (int64_t(d) * p.N + n0 + n) * H + unit);
-        grad[e] = read<Storage>(p.grad_y, ((row + n) * p.directions + d) * H + unit);
+        for (int k = 0; k < 4; ++k) gates[e][k] = z[(4 * n + k) * H];
+        c[e] = cells[n * H];
+        const auto from = n < active_before ? cells_before : c0;
+        c_before[e] = from ? from[n * H] : Storage{};
+        grad[e] = grad_y ? grad_y[n * p.directions * H] : Storage{};
       }
     };
 
@@ -633,23 +759,22 @@ FASTLSTM_DEVICE void recurrence_backward(const Task& task) {
     for (int e = 0; e < kOwned; ++e) {
       const int n = b.row(e);
       if (n >= rows) continue;
-      const int64_t place = (int64_t(d) * p.N + n0 + n) * H + unit;
-      dc[e] = to_sum(read<Storage>(p.grad_c, place));
-      dh[e] = to_sum(read<Storage>(p.grad_h, place));
+      dc[e] = to_sum(read<Storage>(p.grad_c, first + n * H));
+      dh[e] = to_sum(read<Storage>(p.grad_h, first + n * H));
       FASTLSTM_UNROLL
       for (int k = 0; k < 4; ++k) b.publish(n, k, Sum(0));
     }
-    b.arrive(rows);
+    b.arrive();
     load(0);
     b.wait();
 
     for (int s = 0; s < p.T; ++s) {
-      const int t = d ? s : p.T - 1 - s, active = b.active(t) - n0;
-      const int64_t row = d * p.total + b.first_row(t) + n0;
+      const int t = d ? s : p.T - 1 - s, active = at_most(b.active(t) - n0, rows);
+      const auto dz = moved<Storage>(p.dz, (d * p.total + b.first_row(t) + n0) * 4 * H + unit);
       b.product();
       const auto store = [&](int n, const Sum(&own)[4]) {
         FASTLSTM_UNROLL
-        for (int k = 0; k < 4; ++k) write<Storage>(p.dz, (row + n) * 4 * H + k * H + unit, own[k]);
+        for (int k = 0; k < 4; ++k) dz[(4 * n + k) * H] = to_storage<Storage>(own[k]);
       };
       Sum z[kWide ? 1 : kOwned][4];
       FASTLSTM_UNROLL
@@ -657,7 +782,9 @@ FASTLSTM_DEVICE void recurrence_backward(const Task& task) {
         const int n = b.row(e);
         if (n >= rows) continue;
         Sum(&own)[4] = z[kWide ? 0 : e];
-        const Sum reaches = dh[e] + b.product_at(n, b.u);
+        Sum found[1];
+        b.product_at(n, b.u, found);
+        const Sum reaches = dh[e] + found[0];
         const bool takes_part = n < active;
         FASTLSTM_UNROLL
         for (int k = 0; k < 4; ++k) own[k] = takes_part ? to_sum(gates[e][k]) : Sum(0);
@@ -670,13 +797,13 @@ FASTLSTM_DEVICE void recurrence_backward(const Task& task) {
         FASTLSTM_UNROLL
         for (int k = 0; k < 4; ++k) b.publish(n, k, own[k]);
       }
-      b.arrive(rows);
+      b.arrive();
+      if (s + 1 < p.T) load(s + 1);
       if (!kWide) {
         FASTLSTM_UNROLL
         for (int e = 0; e < kOwned; ++e)
-          if (b.row(e) < rows && b.row(e) < active) store(b.row(e), z[kWide ? 0 : e]);
+          if (b.row(e) < active) store(b.row(e), z[kWide ? 0 : e]);
       }
-      if (s + 1 < p.T) load(s + 1);
       b.wait();
     }
 
@@ -685,9 +812,10 @@ FASTLSTM_DEVICE void recurrence_backward(const Task& task) {
     for (int e = 0; e < kOwned; ++e) {
       const int n = b.row(e);
       if (n >= rows) continue;
-      const int64_t place = (int64_t(d) * p.N + n0 + n) * H + unit;
-      write<Storage>(p.dc0, place, dc[e]);
-      write<Storage>(p.dh0, place, dh[e] + b.product_at(n, b.u));
+      Sum found[1];
+      b.product_at(n, b.u, found);
+      write<Storage>(p.dc0, first + n * H, dc[e]);
+      write<Storage>(p.dh0, first + n * H, dh[e] + found[0]);
     }
     // Between this product's reads of the partial sums and the next slice's writes stands the
     // barrier after that slice's first publishing, which goes to the operand nobody reads.

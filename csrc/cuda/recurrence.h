@@ -20,7 +20,7 @@ constexpr int kMaxThreads = 384;
 constexpr int kHeld = 16;         // most A fragments that a lane holds, in four registers each
 constexpr int kElements = 2;      // most elements of the pointwise step that a thread owns
 constexpr int kWideElements = 8;  // the same where it holds no weights
-constexpr int kGroup = 4;         // k-steps that are loaded together
+constexpr int kGroup = 8;         // of which so many are used together
 
 // The arithmetic of a kernel: dtype in memory, dtype of sums, and who multiplies.
 enum class Math { bf16, f16, tf32, f32, f64 };

@@ -28,7 +28,7 @@ _TENSOR_CORES = ("bf16", "f16", "tf32")
 
 THREADS = (256, 384)
 HELD = 16  # most k-steps of weights that a warp holds in registers
-GROUP = 4  # k-steps that are loaded together
+GROUP = 8  # of which so many are used together
 CLUSTERS = (2, 4, 8, 16)  # blocks of a cluster
 
 # Nanoseconds and rates measured on an H200 at 1.98 GHz; benchmarks/NOTES.md has the measurements.
