@@ -72,7 +72,7 @@ def emulated(module, monkeypatch):
                 return math, _cuda_plan.STEPS
             units = -(-H // blocks)
             cut = _cuda_plan.Cut(path, -(-H // units), units, rows, threads, chunks, wide)
-            taken, operand, weights = _cuda_plan.memory(math, backward, cut)
+            taken, operand, weights = _cuda_plan.memory(math, backward, H, cut)
             scratch = weights if path == "stream" else 0
             groups = per_direction * directions
             sizes = units, rows, groups, threads, chunks, wide, taken, operand, scratch
@@ -217,8 +217,8 @@ def test_weights_in_registers_and_in_memory(emulated, math, threads, chunks, pat
     blocks = -(-H // 16)
     emulated(math, path, blocks=blocks, rows=2, threads=threads, chunks=chunks)
     cut = _cuda_plan.Cut(path, blocks, -(-H // blocks), 2, threads, chunks, False)
-    _, _, kept = _cuda_plan.memory(math, True, cut)
-    _, _, all_of_them = _cuda_plan.memory("f32", True, cut)
+    _, _, kept = _cuda_plan.memory(math, True, H, cut)
+    _, _, all_of_them = _cuda_plan.memory("f32", True, H, cut)
     assert 0 < kept < all_of_them
     check({"T": 3, "N": 2, "D": 2, "H": H}, math)
 
@@ -407,5 +407,5 @@ def test_memory_is_that_of_the_layout(module, math, backward):
                 if blocks == 1 and path != "cluster":
                     continue
                 found = module.memory(math, backward, H=H, **sizes)
-                expected = _cuda_plan.memory(math, backward, cut)
-                assert found == (*expected, _cuda_plan.flag_stride(blocks))
+                expected = _cuda_plan.memory(math, backward, H, cut)
+                assert found == expected

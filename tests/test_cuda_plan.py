@@ -43,7 +43,7 @@ def test_every_plan_fits_the_device(N, H, directions, math, backward, device):
         return
     assert device.major >= 8
     cut = _cuda_plan.Cut(p.path, p.blocks, p.units, p.rows, p.threads, p.chunks, p.wide)
-    shared, operand, weights = _cuda_plan.memory(math, backward, cut)
+    shared, operand, weights = _cuda_plan.memory(math, backward, H, cut)
     assert (p.shared_bytes, p.operand_bytes) == (shared, operand)
     assert p.scratch_bytes == (weights if p.path == "stream" else 0)
     assert p.local == (p.path in ("block", "cluster"))

@@ -45,7 +45,11 @@ void check(const Recurrence& p, Math math, bool backward) {
   expect(p.groups > 0 && p.groups % p.directions == 0, "groups: expected a multiple of directions");
   expect(p.chunks > 0 && (p.chunks == 1 || !p.local), "chunks: expected 1 with local");
   expect(!p.local || p.blocks <= 16, "blocks: expected at most 16 with local");
-  expect(p.local || (p.exchange && p.flags), "exchange, flags: expected memory");
+  expect(p.local || p.exchange, "exchange: expected memory");
+  const int per_direction = p.groups / p.directions, slices = (p.N + p.rows - 1) / p.rows;
+  const int64_t in_turn = (slices + per_direction - 1) / per_direction;
+  expect(p.local || p.exchanges == in_turn * (int64_t(p.T) + 1),
+         "exchanges: expected T + 1 for each slice of a group");
   for (int d = 0; d < p.directions; ++d) expect(p.weight[d], "weight: expected memory");
   if (backward)
     expect(p.gates && p.cells && p.dz && p.dh0 && p.dc0, "expected gates, cells, dz, dh0, dc0");
@@ -102,7 +106,7 @@ void fill(Recurrence& p, Fields& field) {
   field("weight", p.weight[0]);
   field("weight_reverse", p.weight[1]);
   field("exchange", p.exchange);
-  field("flags", p.flags);
+  field("exchanges", p.exchanges);
   field("scratch", p.scratch);
   field("gates", p.gates);
   field("cells", p.cells);
@@ -151,15 +155,15 @@ void call(const std::string& math, bool backward, int device, std::uintptr_t str
   run(p, m, backward, device, reinterpret_cast<void*>(stream));
 }
 
-// Bytes of shared memory that a block takes, of one of a group's two operands, of the weights of a
-// block; flags of a group.
+// Bytes of shared memory that a block takes, of an operand in the exchange, of a block's weights
+// that no register holds.
 py::tuple memory(const std::string& math, bool backward, const py::kwargs& given) {
   Recurrence p;
   Fields fields(given);
   fill(p, fields);
   fields.finish();
   const Layout l = layout(p, math_of(math), backward);
-  return py::make_tuple(l.bytes, l.operand_bytes, l.weight_bytes, flag_stride(p.blocks));
+  return py::make_tuple(l.bytes, l.operand_bytes, l.weight_bytes);
 }
 
 }  // namespace

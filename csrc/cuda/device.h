@@ -88,24 +88,36 @@ FASTLSTM_DEVICE void store_to_peer([[maybe_unused]] Vec16* place, [[maybe_unused
 #endif
 }
 
-FASTLSTM_DEVICE void store_release(int32_t* flag, int32_t value) {
-  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+// Stores of elements and loads of 16 bytes that meet in the second-level cache. Each element comes
+// whole, in no order with others.
+template <class Half>
+FASTLSTM_DEVICE void store_relaxed(Half* to, Half v) {
+  asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(to), "h"(v.bits) : "memory");
 }
-FASTLSTM_DEVICE void wait_acquire(const int32_t* flag, int32_t value) {
-  int32_t seen;
-  do {
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
-  } while (seen < value);
+FASTLSTM_DEVICE void store_relaxed(float* to, float v) {
+  asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(to), "f"(v) : "memory");
 }
-// From global to shared memory, past the first-level cache, which does not see what other
-// multiprocessors write. The copies are there after wait_for_copies() and a barrier.
-FASTLSTM_DEVICE void copy_from_l2(Vec16* to, const Vec16* from) {
-  asm volatile(
-      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
-      "l"(from)
-      : "memory");
+FASTLSTM_DEVICE void store_relaxed(double* to, double v) {
+  asm volatile("st.relaxed.gpu.global.f64 [%0], %1;" ::"l"(to), "d"(v) : "memory");
 }
-FASTLSTM_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+template <class Storage>
+FASTLSTM_DEVICE Vec16 load_relaxed(const Vec16* from) {
+  Vec16 v;
+  if constexpr (sizeof(Storage) == 8) {
+    uint64_t a, b;
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
+                 : "=l"(a), "=l"(b)
+                 : "l"(from)
+                 : "memory");
+    v = {{uint32_t(a), uint32_t(a >> 32), uint32_t(b), uint32_t(b >> 32)}};
+  } else {
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+                 : "l"(from)
+                 : "memory");
+  }
+  return v;
+}
 
 template <class T>
 FASTLSTM_DEVICE Vec16 load16(const T* from) {

@@ -4,6 +4,7 @@
 // README.md beside this file says why each exchange is ordered.
 #pragma once
 
+#include <cmath>
 #include <type_traits>
 
 #include "recurrence.h"
@@ -39,7 +40,8 @@ struct Types<Math::f64> {
   using Sum = double;
 };
 
-constexpr int kBatch = 8;  // loads under way at once, in copies
+constexpr int kBatch = 8;    // loads under way at once, in copies of weights
+constexpr int kFetched = 4;  // and of the operand
 
 template <int kCount>
 struct Steps {
@@ -139,12 +141,13 @@ struct Block {
   const int thread, group, rank, direction;
   const int unit0, units;  // this block's units
   char* const shared;
-  int slot = 0;            // of the two operands, the one that was published last
-  int tick = 0;            // exchanges begun
+  int slot = 0;  // of the two operands, the one that was published last
+  int tick = 0;  // exchanges begun
+  int slice_rows = 0;
   int u, n_first, n_step;  // this thread's unit, the first of its rows, and on to the next
   int m_first, split, k_first, k_end;  // of this warp's part of the product, in a whole chunk
   Sending sending;
-  const Divider by_part;
+  const Divider by_part, by_row;
   Vec16 held[kRegisters ? kRegisters : 1];
 
   FASTLSTM_DEVICE explicit Block(const Task& task)
@@ -157,7 +160,8 @@ struct Block {
         unit0(rank * p.units),
         units(p.H - unit0 < p.units ? p.H - unit0 : p.units),
         shared(shared_memory()),
-        by_part(in_cluster() ? of_part() : 1) {
+        by_part(in_cluster() ? of_part() : 1),
+        by_row(l.chunk_steps * 2) {
     u = thread % p.units;
     n_first = thread / p.units;
     n_step = rows_of_a_pass(p);
@@ -381,36 +385,37 @@ struct Block {
   FASTLSTM_DEVICE Storage* operand(int which) const {
     return reinterpret_cast<Storage*>(shared + l.operand + which * l.operand_bytes);
   }
-  FASTLSTM_DEVICE Storage* exchanged(int which) const {
+  // Exchange `number` of this group, in global memory.
+  FASTLSTM_DEVICE Storage* exchanged(int number) const {
     return static_cast<Storage*>(p.exchange) +
-           (int64_t(group) * 2 + which) * (l.operand_bytes / int(sizeof(Storage)));
+           (int64_t(group) * p.exchanges + number) * (l.operand_bytes / int(sizeof(Storage)));
   }
 
   // Writes a part of row n of the next operand, of this thread's unit, for all blocks of the group;
   // in a cluster arrive() sends it to the others.
   FASTLSTM_DEVICE void publish(int n, int part, Sum value) {
-    const Storage stored = for_product<kMath>(to_storage<Storage>(value));
-    const int k = (part * p.blocks + rank) * l.unit_stride + u;
+    // A NaN that comes from outside may have all bits set.
+    const Storage stored =
+        for_product<kMath>(to_storage<Storage>(value == value ? value : Sum(NAN)));
+    const int k = part * (l.K / kParts) + rank * l.unit_stride + u;
     if (p.local) {
       operand(slot ^ 1)[n * l.stride + k] = stored;
     } else {
       const int k_chunk = l.chunk_steps * 32 / int(sizeof(Storage));
       const int chunk = p.chunks == 1 ? 0 : k / k_chunk;
-      exchanged(slot ^ 1)[(chunk * l.r_rows + n) * l.stride + k - chunk * k_chunk] = stored;
+      store_relaxed(exchanged(tick) + (chunk * l.r_rows + n) * l.stride + k - chunk * k_chunk,
+                    stored);
     }
   }
   // After all publishing; what stands between arrive and wait does not delay the others.
   FASTLSTM_DEVICE void arrive() {
     ++tick;
-    if (in_cluster()) {
-      sync_block();
-      send();
-    } else if (!p.local) {
-      sync_block();
-      if (thread == 0) store_release(p.flags + group * flag_stride(p.blocks) + rank, tick);
-    }
+    if (!in_cluster()) return;
+    sync_block();
+    send();
   }
   FASTLSTM_DEVICE void begin_slice(int rows) {
+    slice_rows = rows;
     if (!in_cluster()) return;
     sending.places = rows * kParts * of_part();
     sending.width = at_most(sending.places, p.threads);
@@ -441,17 +446,13 @@ struct Block {
       }
     }
   }
-  // Returns when every block of the group has arrived: the next operand is complete, and the one
-  // before it is free to be written.
+  // Returns when the next operand is complete and the one before it is free to be written; without
+  // a cluster `fetch` waits for what it reads.
   FASTLSTM_DEVICE void wait() {
-    if (in_cluster()) {
+    if (in_cluster())
       barrier_wait(barrier(slot ^ 1), (tick - 1) / 2 % 2);
-    } else {
-      if (!p.local)
-        for (int i = thread; i < p.blocks; i += p.threads)
-          wait_acquire(p.flags + group * flag_stride(p.blocks) + i, tick);
+    else if (p.local)
       sync_block();
-    }
     slot ^= 1;
   }
 
@@ -483,14 +484,54 @@ struct Block {
       sync_block();
     }
   }
-  // Copies a part of the operand into shared memory.
+  // Copies a part of the operand into shared memory, each 16 bytes of it as soon as all their
+  // elements have come: nothing that is published has all bits set, which is what was there before.
   FASTLSTM_DEVICE void fetch(int chunk) {
-    const int count = l.chunk_bytes / int(sizeof(Vec16));
-    const Vec16* const from = reinterpret_cast<const Vec16*>(exchanged(slot)) + chunk * count;
+    constexpr int kPer16 = 16 / int(sizeof(Storage));
+    const Vec16* const from =
+        reinterpret_cast<const Vec16*>(exchanged(tick - 1)) + chunk * (l.chunk_bytes / 16);
     Vec16* const to = reinterpret_cast<Vec16*>(operand(0));
-    for (int i = thread; i < count; i += p.threads) copy_from_l2(to + i, from + i);
-    wait_for_copies();
+    const int k0 = chunk * by_row.by * kPer16, row16 = l.stride / kPer16;
+    const int columns = (l.K - k0 + kPer16 - 1) / kPer16;  // 16 bytes each; more are padding
+    const int places = slice_rows * by_row.by;
+    for (int first = thread; first < places; first += kFetched * p.threads) {
+      Vec16 values[kFetched];
+      const auto each = [&](auto&& f) {
+        FASTLSTM_UNROLL
+        for (int j = 0; j < kFetched; ++j) {
+          const int i = first + j * p.threads, n = by_row(i), column = i - n * by_row.by;
+          if (i < places && column < columns) f(values[j], n * row16 + column, column);
+        }
+      };
+      each([&](Vec16& value, int at, int) { value = load_relaxed<Storage>(from + at); });
+      each([&](Vec16& value, int at, int column) {
+        const int count = l.K - k0 - column * kPer16;  // elements of these 16 bytes
+        while (!has_come(value, count)) value = load_relaxed<Storage>(from + at);
+        to[at] = value;
+      });
+    }
     sync_block();
+  }
+  // Whether the first elements of 16 bytes are there; makes zeros of the others.
+  FASTLSTM_DEVICE static bool has_come(Vec16& v, int count) {
+    constexpr int kBytes = int(sizeof(Storage)), kPer16 = 16 / kBytes;
+    if (count < kPer16) {
+      FASTLSTM_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int bits = (count * kBytes - 4 * i) * 8;  // of this word
+        v.words[i] &= bits >= 32 ? ~0u : bits <= 0 ? 0u : (1u << bits) - 1;
+      }
+    }
+    bool come = true;
+    FASTLSTM_UNROLL
+    for (int i = 0; i < 4; i += kBytes == 8 ? 2 : 1) {
+      const uint32_t unset = ~(kBytes == 8 ? v.words[i] & v.words[i + 1] : v.words[i]);
+      if constexpr (kBytes == 2)  // is one half of the word zero?
+        come = come && !((unset - 0x00010001u) & ~unset & 0x80008000u);
+      else
+        come = come && unset != 0;
+    }
+    return come;
   }
   FASTLSTM_DEVICE Sum* partial(int split, int n, int m) const {
     return reinterpret_cast<Sum*>(shared + l.partial) +
@@ -740,7 +781,7 @@ FASTLSTM_DEVICE void recurrence_backward(const Task& task) {
       const auto cells = moved<Storage>(p.cells, kept * H + unit);
       const auto grad_y = moved<Storage>(p.grad_y, (row * p.directions + d) * H + unit);
       const auto cells_before =
-          moved<Storage>(p.cells, inside ? (d * p.total + b.first_row(before) + n0) * H + unit : 0);
+          cells + (inside ? (b.first_row(before) - b.first_row(t)) * H : int64_t(0));
       const auto c0 = moved<Storage>(p.c0, first);
       FASTLSTM_UNROLL
       for (int e = 0; e < kOwned; ++e) {
@@ -749,8 +790,11 @@ FASTLSTM_DEVICE void recurrence_backward(const Task& task) {
         FASTLSTM_UNROLL
         for (int k = 0; k < 4; ++k) gates[e][k] = z[(4 * n + k) * H];
         c[e] = cells[n * H];
-        const auto from = n < active_before ? cells_before : c0;
-        c_before[e] = from ? from[n * H] : Storage{};
+        // Every address is one of memory, whichever of them a compiler may load from early.
+        const bool is_inside = n < active_before;
+        const auto from = is_inside ? cells_before : c0 ? c0 : cells;
+        const Storage loaded = from[n * H];
+        c_before[e] = is_inside || c0 ? loaded : Storage{};
         grad[e] = grad_y ? grad_y[n * p.directions * H] : Storage{};
       }
     };

@@ -60,9 +60,10 @@ struct Recurrence {
   int64_t total = 0;
 
   const void* weight[2] = {};  // W_hh (4H, H) of each direction
-  // Exchange of a group that is no cluster; both zero before the launch.
-  void* exchange = nullptr;  // (groups, 2, operand of layout()), the state that the product reads
-  int32_t* flags = nullptr;  // (groups, flag_stride(G)), the exchanges that each block has finished
+  // Exchange of a group that is no cluster: (groups, exchanges, operand of layout()), all bits set
+  // before the launch. Every exchange has memory of its own: T + 1 for each slice of a group.
+  void* exchange = nullptr;
+  int32_t exchanges = 0;
 
   // Memory for the weights where shared memory does not hold them, (blocks in all, weight_bytes of
   // layout()), or null.
@@ -103,7 +104,6 @@ struct Pointwise {
 };
 
 FASTLSTM_BOTH constexpr int round_up(int a, int b) { return (a + b - 1) / b * b; }
-FASTLSTM_BOTH constexpr int flag_stride(int blocks) { return round_up(blocks, 32); }
 
 FASTLSTM_BOTH constexpr int most_elements(Math m, bool wide) {
   return m == Math::f64 ? 4 : wide || !on_tensor_cores(m) ? kWideElements : kElements;
@@ -140,8 +140,9 @@ FASTLSTM_BOTH constexpr Layout layout(const Recurrence& p, Math math, bool backw
   const int size = storage_bytes(math), sum = sum_bytes(math), warps = p.threads / kWarp;
   const int M = backward ? p.units : 4 * p.units;
   Layout l{};
-  l.unit_stride = p.local && p.blocks > 1 ? round_up(p.units, 16 / size) : p.units;
-  l.K = (backward ? 4 : 1) * p.blocks * l.unit_stride;
+  const bool in_cluster = p.local && p.blocks > 1;
+  l.unit_stride = in_cluster ? round_up(p.units, 16 / size) : p.units;
+  l.K = (backward ? 4 : 1) * (in_cluster ? p.blocks * l.unit_stride : p.H);
   l.m_padded = round_up(M, 16);
   l.r_padded = round_up(p.rows, 8);
   l.m_rows = on_tensor_cores(math) ? l.m_padded : M;

@@ -190,15 +190,15 @@ def _launch(
 ) -> None:
     """Run a recurrence over all of T."""
     offsets = rows.offsets(x)
-    flags = exchange = 0
-    scratch = x.new_empty(plan.groups * plan.blocks * plan.scratch_bytes, dtype=torch.uint8)
+    exchange, exchanges = None, 0
+    scratch = None
+    if plan.scratch_bytes:
+        scratch = x.new_empty(plan.groups * plan.blocks * plan.scratch_bytes, dtype=torch.uint8)
     if not plan.local:
-        flag_bytes = 4 * plan.groups * _cuda_plan.flag_stride(plan.blocks)
-        memory = torch.zeros(
-            flag_bytes + plan.groups * 2 * plan.operand_bytes, dtype=torch.uint8, device=x.device
-        )
-        flags = memory.data_ptr()
-        exchange = flags + flag_bytes
+        slices = -(-rows.N // plan.rows)
+        exchanges = -(-slices * len(weights) // plan.groups) * (rows.T + 1)
+        size = plan.groups * exchanges * plan.operand_bytes
+        exchange = x.new_empty(size, dtype=torch.uint8).fill_(255)
     device, stream = _where(x)
     _cuda.recurrence(
         math,
@@ -221,9 +221,9 @@ def _launch(
         total=rows.total,
         weight=_address(weights[0]),
         weight_reverse=_address(weights[-1]),
-        exchange=exchange,
-        flags=flags,
-        scratch=_address(scratch) if plan.scratch_bytes else 0,
+        exchange=_address(exchange),
+        exchanges=exchanges,
+        scratch=_address(scratch),
         **{name: _address(tensor) for name, tensor in tensors.items()},
     )
 

@@ -68,7 +68,7 @@ class Plan(NamedTuple):
     chunks: int
     wide: bool
     shared_bytes: int
-    operand_bytes: int  # of one of a group's two operands in the exchange
+    operand_bytes: int  # of an operand in the exchange
     scratch_bytes: int  # of the weights of a block where shared memory does not hold them
     nanoseconds: float  # estimated, for one step
     reason: str
@@ -94,12 +94,12 @@ class Cut(NamedTuple):
     wide: bool
 
 
-def memory(math: str, backward: bool, cut: Cut) -> tuple[int, int, int]:
+def memory(math: str, backward: bool, H: int, cut: Cut) -> tuple[int, int, int]:
     """Return bytes of a block's shared memory, of an operand, of weights not held: `layout()`."""
     path, blocks, units, rows, threads, chunks, wide = cut
     size, tensor_cores, warps = STORAGE[math], math in _TENSOR_CORES, threads // 32
-    stride = _round_up(units, 16 // size) if path == "cluster" else units
-    M, K = (units, 4 * blocks * stride) if backward else (4 * units, blocks * stride)
+    columns = blocks * _round_up(units, 16 // size) if path == "cluster" else H
+    M, K = (units, 4 * columns) if backward else (4 * units, columns)
     m_padded, r_padded = _round_up(M, 16), _round_up(rows, 8)
     m_tiles = m_padded // 16
     k_steps = _round_up(K * size, 64) // 32
@@ -120,11 +120,6 @@ def memory(math: str, backward: bool, cut: Cut) -> tuple[int, int, int]:
 def most_elements(math: str, wide: bool) -> int:
     """Return how many elements of the pointwise step a thread can own."""
     return 4 if math == "f64" else 8 if wide or math not in _TENSOR_CORES else 2
-
-
-def flag_stride(blocks: int) -> int:
-    """Return the flags from one group to the next, as `flag_stride()` of recurrence.h."""
-    return _round_up(blocks, 32)
 
 
 def _round_up(a: int, b: int) -> int:
@@ -237,7 +232,7 @@ def _candidates(
                         break
                     for chunks in (1,) if path in ("block", "cluster") else _CHUNKS:
                         cut = Cut(path, blocks, units, rows, threads, chunks, wide)
-                        taken, operand, weights = memory(math, backward, cut)
+                        taken, operand, weights = memory(math, backward, H, cut)
                         if taken <= device.shared_bytes:
                             break
                     else:
