@@ -409,3 +409,134 @@ def test_memory_is_that_of_the_layout(module, math, backward):
                 found = module.memory(math, backward, H=H, **sizes)
                 expected = _cuda_plan.memory(math, backward, H, cut)
                 assert found == expected
+
+
+def test_what_the_module_refuses(module):
+    fits = dict(
+        T=1, N=1, H=4, directions=1, threads=32, blocks=1, units=4, rows=1, groups=1, local=1
+    )
+    fits |= dict(total=1, weight=8, gx=8, y=8, h_n=8, c_n=8)
+    for wrong, words in (
+        ({"T": 0}, "T, N, H, total: expected at least 1"),
+        ({"directions": 3}, "directions: expected 1 or 2"),
+        ({"threads": 48}, "threads: expected a multiple of 32"),
+        ({"blocks": 2}, "blocks, units: expected just enough blocks"),
+        ({"units": 3}, "blocks, units: expected just enough blocks"),
+        ({"rows": 33}, "rows: expected rows"),
+        ({"directions": 2}, "groups: expected a multiple of directions"),
+        ({"chunks": 2}, "chunks: expected 1 with local"),
+        ({"local": 0}, "exchange, flags: expected memory"),
+        ({"weight": 0}, "weight: expected memory"),
+        ({"gx": 0}, "expected gx, y, h_n, c_n"),
+        ({"other": 1}, "unknown keyword argument"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            module.recurrence("f32", False, 0, 0, **{**fits, **wrong})
+    with pytest.raises(ValueError, match="expected gates, cells, dz, dh0, dc0"):
+        module.recurrence("f32", True, 0, 0, **fits)
+    with pytest.raises(ValueError, match="math: expected bf16, f16, tf32, f32 or f64, got f8"):
+        module.recurrence("f8", False, 0, 0, **fits)
+    with pytest.raises(ValueError, match="expected z, h"):
+        module.step("f32", False, 0, 0, n=1, H=1, c=8)
+
+
+@pytest.mark.parametrize("plan", ["cluster", "grid, slices in turn", "stream", "steps"])
+@pytest.mark.parametrize("proj_size", [0, 3])
+def test_the_module(emulated, plan, proj_size):
+    """Two layers, both directions, packed and unsorted, through fastlstm.nn and the operators."""
+    use_plan(emulated, "f64", plan)
+    torch.manual_seed(0)
+    options = {"num_layers": 2, "bidirectional": True, "proj_size": proj_size}
+    theirs = torch.nn.LSTM(3, 11, **options).double()
+    ours = fastlstm.nn.LSTM(3, 11, **options).double()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(4, 5, 3, dtype=torch.float64)
+    packed = torch.nn.utils.rnn.pack_padded_sequence(x, [2, 4, 1, 4, 3], enforce_sorted=False)
+    found = []
+    for rnn in (ours, theirs):
+        rnn.zero_grad()
+        y, (h, c) = rnn(x)
+        y_packed, (h_packed, c_packed) = rnn(packed)
+        parts = y, h, c, y_packed.data, h_packed, c_packed
+        sum(part.sin().sum() for part in parts).backward()
+        found.append([*parts, *(p.grad for p in rnn.parameters())])
+    for mine, other in zip(*found, strict=True):
+        assert torch.allclose(mine, other, rtol=1e-10, atol=1e-12)
+
+
+def test_the_operators(emulated):
+    use_plan(emulated, "f64", "grid")
+    rnn, x, _, hx, _ = problem(**SMALL, directions=2, dtype=torch.float64)
+    leaf = [t.clone().requires_grad_() for t in (x, *hx, *rnn._flat_weights)]
+    found = []
+    for layer in (_ops.layer_of_graph, _torch.run_layer):
+        y, h, c = layer(2, *leaf[:3], leaf[3:])
+        found.append([y, h, c, *torch.autograd.grad((y.sin().sum() + h.sum() * c.sum()), leaf)])
+    for mine, other in zip(*found, strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_transforms(emulated):
+    """torch.func on these kernels, against a loop over nn.LSTM."""
+    use_plan(emulated, "f64", "grid")
+    torch.manual_seed(0)
+    theirs = [torch.nn.LSTM(3, 11, bidirectional=True).double() for _ in range(2)]
+    ours = fastlstm.nn.LSTM(3, 11, bidirectional=True).double()
+    params = {
+        n: torch.stack([dict(m.named_parameters())[n] for m in theirs]) for n in ours.state_dict()
+    }
+    x = torch.randn(2, 4, 5, 3, dtype=torch.float64)
+
+    def loss(params, x):
+        y, (_, c) = torch.func.functional_call(ours, params, (x,))
+        return y.sin().sum() + c.sum()
+
+    found = torch.func.vmap(torch.func.grad(loss))(params, x)
+    for k, module in enumerate(theirs):
+        y, (_, c) = module(x[k])
+        (y.sin().sum() + c.sum()).backward()
+        for name, p in module.named_parameters():
+            assert torch.allclose(found[name][k], p.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_double_backward(emulated):
+    use_plan(emulated, "f64", "cluster")
+    rnn, x, _, hx, _ = problem(**SMALL, dtype=torch.float64)
+    found = []
+    for layer in (_torch.run_layer, torch_layer):
+        leaf = [t.detach().clone().requires_grad_() for t in (x, *hx, *rnn._flat_weights)]
+        y, *_ = layer(1, *leaf[:3], leaf[3:], [])
+        (grad,) = torch.autograd.grad(y.square().sum(), leaf[0], create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), leaf))
+    for mine, other in zip(*found, strict=True):
+        assert torch.allclose(mine, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("proj_size", [0, 2])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_only_right_shapes_reach_the_kernels(proj_size, bias, batch_first):
+    """What nn.LSTM refuses is left to it, errors included."""
+    rnn = torch.nn.LSTM(3, 5, 2, bias, batch_first, bidirectional=True, proj_size=proj_size)
+    weights = list(rnn._flat_weights)
+    P = proj_size or 5
+    x, alone, rows = torch.zeros(7, 6, 3), torch.zeros(7, 3), torch.zeros(9, 3)
+    N = 7 if batch_first else 6
+    hx = torch.zeros(4, N, P), torch.zeros(4, N, 5)
+    sizes = torch.tensor([N, 9 - N])
+
+    def right(x, hx=None, weights=weights, sizes=None):
+        return _cuda_layer._right_shapes(rnn, x, hx, weights, sizes)
+
+    assert right(x) and right(x, hx) and right(alone) and right(alone, [s[:, 0] for s in hx])
+    assert right(rows, None, sizes=sizes) and right(rows, hx, sizes=sizes)
+    wrong_hx = [(hx[0][:3], hx[1]), (hx[0], hx[1][:, 1:]), (hx[0], hx[1][..., 1:]), hx[:1] * 2]
+    for bad in wrong_hx if proj_size else wrong_hx[:3]:
+        assert not right(x, bad)
+    assert not right(x, [s[:, 0] for s in hx])
+    for bad in (x[..., :2], x[:, :0], x[:0], x[0, 0], x[None]):
+        assert not right(bad)
+    assert not right(x, sizes=sizes)
+    for k, weight in enumerate(weights):
+        assert not right(x, weights=[*weights[:k], weight[1:], *weights[k + 1 :]])
+    assert _cuda_layer.served(rnn, x, hx, weights) is None  # not on CUDA

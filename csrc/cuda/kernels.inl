@@ -732,7 +732,7 @@ FASTLSTM_DEVICE void recurrence_forward(const Task& task) {
         b.publish(n, 0, h[e]);
       }
       b.arrive();
-      if (s + 1 < p.T) load(s + 1);
+      load(at_most(s + 1, p.T - 1));  // the last time once more: no address is outside
       if (!kWide) {
         FASTLSTM_UNROLL
         for (int e = 0; e < kOwned; ++e)
@@ -842,7 +842,7 @@ FASTLSTM_DEVICE void recurrence_backward(const Task& task) {
         for (int k = 0; k < 4; ++k) b.publish(n, k, own[k]);
       }
       b.arrive();
-      if (s + 1 < p.T) load(s + 1);
+      load(at_most(s + 1, p.T - 1));  // the last time once more: no address is outside
       if (!kWide) {
         FASTLSTM_UNROLL
         for (int e = 0; e < kOwned; ++e)
