@@ -131,7 +131,7 @@ def test_options(math, options):
 
 
 # Every path at every size that it can hold, whatever the plan would choose.
-@pytest.mark.parametrize("path", ["block", "cluster", "grid", "stream", "steps"])
+@pytest.mark.parametrize("path", ["block", "cluster", "grid", "steps"])
 @pytest.mark.parametrize("sizes", [(6, 3, 2, 7), (9, 20, 5, 72)], ids=str)
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_every_path(math, path, sizes, bidirectional, monkeypatch):

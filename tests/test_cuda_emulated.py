@@ -71,14 +71,14 @@ def emulated(module, monkeypatch):
             if path == "steps" or H != P:
                 return math, _cuda_plan.STEPS
             units = -(-H // blocks)
-            cut = _cuda_plan.Cut(path, -(-H // units), units, rows, threads, chunks, wide)
-            taken, operand, weights = _cuda_plan.memory(math, backward, H, cut)
-            scratch = weights if path == "stream" else 0
+            cut = _cuda_plan.Cut(path, -(-H // units), units, rows, chunks, wide)
+            taken, operand, _ = _cuda_plan.memory(math, backward, H, cut, threads)
             groups = per_direction * directions
-            sizes = units, rows, groups, threads, chunks, wide, taken, operand, scratch
+            sizes = units, rows, groups, chunks, wide, taken, operand
             return math, _cuda_plan.Plan(path, cut.blocks, *sizes, 0, "")
 
         monkeypatch.setattr(_cuda_layer, "_plan", plan)
+        monkeypatch.setattr(_cuda_plan, "THREADS", threads)
 
     return use
 
@@ -94,8 +94,7 @@ PLANS = {
     "grid": ("grid", 3, 5, 1, 64),
     "grid, slices in turn": ("grid", 2, 2, 2, 96),
     "grid, in chunks": ("grid", 2, 5, 1, 64, 3),
-    "stream": ("stream", 2, 5, 1, 64),
-    "stream, in chunks": ("stream", 3, 3, 1, 96, 2),
+    "grid, wide": ("grid", 2, 5, 1, 32, 2, True),
     "steps": ("steps", 1, 1, 1, 64),
 }
 
@@ -205,7 +204,7 @@ def test_many_tiles(emulated, math, threads):
     check({"T": 2, "N": 37, "D": 2, "H": 33 if threads == 32 else 13}, math)
 
 
-@pytest.mark.parametrize("path", ["cluster", "grid", "stream"])
+@pytest.mark.parametrize("path", ["cluster", "grid"])
 @pytest.mark.parametrize(
     ("math", "threads", "chunks"), [("bf16", 32, 1), ("f16", 32, 2), ("tf32", 64, 1)]
 )
@@ -216,9 +215,9 @@ def test_weights_in_registers_and_in_memory(emulated, math, threads, chunks, pat
     H = 140 if math == "tf32" else 280 if chunks == 2 else 140
     blocks = -(-H // 16)
     emulated(math, path, blocks=blocks, rows=2, threads=threads, chunks=chunks)
-    cut = _cuda_plan.Cut(path, blocks, -(-H // blocks), 2, threads, chunks, False)
-    _, _, kept = _cuda_plan.memory(math, True, H, cut)
-    _, _, all_of_them = _cuda_plan.memory("f32", True, H, cut)
+    cut = _cuda_plan.Cut(path, blocks, -(-H // blocks), 2, chunks, False)
+    _, _, kept = _cuda_plan.memory(math, True, H, cut, threads)
+    _, _, all_of_them = _cuda_plan.memory("f32", True, H, cut, threads)
     assert 0 < kept < all_of_them
     check({"T": 3, "N": 2, "D": 2, "H": H}, math)
 
@@ -227,7 +226,7 @@ def test_a_real_plan(emulated):
     device = _cuda_plan.Device(8, 0, 6, 8000, True)
     found = _cuda_plan.plan(9, 40, 1, "bf16", True, device, 40)
     assert found.path == "grid"
-    emulated("bf16", "grid", blocks=found.blocks, rows=found.rows, threads=found.threads)
+    emulated("bf16", "grid", blocks=found.blocks, rows=found.rows, threads=_cuda_plan.THREADS)
     check({"T": 3, "N": 9, "D": 3, "H": 40}, "bf16")
 
 
@@ -299,6 +298,28 @@ def test_steps_replayed(replays, P, state, lengths):
     assert len(recordings(replays)) == 4 and len(replays._known) == 8
 
 
+@pytest.mark.parametrize("P", [0, 4])
+@pytest.mark.parametrize("state", [True, False])
+def test_stretches_replayed(replays, monkeypatch, P, state):
+    monkeypatch.setattr(_cuda_layer, "_MOST_STEPS", 2)
+    config = {**SMALL, "P": P, "directions": 2, "state": state}
+    for T, replayed in ((7, 2), (6, 5), (8, 9)):
+        check({**config, "T": T}, "f64")
+        # of both passes of both directions; the very first stretch was none
+        assert [r.replayed for r in recordings(replays)] == [replayed] * 4
+
+
+def test_stretches_change_no_bit(emulated, replays, monkeypatch):
+    """What c is between two steps is not rounded where one stretch ends."""
+    emulated("bf16", "steps")
+    config = {**SMALL, "T": 9, "directions": 2}
+    whole = check(config, "bf16")
+    monkeypatch.setattr(_cuda_layer, "_MOST_STEPS", 2)
+    parts = check(config, "bf16")
+    for name in whole:
+        assert np.array_equal(whole[name], parts[name]), name
+
+
 def test_results_outlive_a_replay(replays):
     rnn, x, _, hx, _ = problem(**SMALL, P=4, dtype=torch.float64)
     weights = [p.detach() for p in rnn._flat_weights]
@@ -328,11 +349,16 @@ def test_where_nothing_can_be_recorded(replays, monkeypatch):
 
 def test_what_is_not_replayed(replays, monkeypatch):
     config = {**SMALL, "P": 4}
-    for name, value in (("_MOST_REPLAYED", 100), ("_MOST_STEPS", 3)):
+    ragged = {**config, "lengths": [4, 3, 1, 1, 1]}
+    for name, value, kind in (
+        ("_MOST_REPLAYED", 100, config),  # less than a step
+        ("_MOST_REPLAYED", 100, ragged),
+        ("_MOST_STEPS", 3, ragged),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(_cuda_layer, name, value)
             for _ in range(3):
-                check(config, "f64")
+                check(kind, "f64")
     assert not replays._known
     for N in range(1, 6):  # more kinds than are known at a time: the oldest is forgotten
         check({**config, "N": N}, "f64")
@@ -394,20 +420,19 @@ def test_nan_stays_in_its_row(emulated):
 @pytest.mark.parametrize("math", MATHS)
 @pytest.mark.parametrize("backward", [False, True])
 def test_memory_is_that_of_the_layout(module, math, backward):
-    for H, units, rows, threads in ((1, 1, 1, 32), (100, 13, 9, 256), (768, 48, 8, 384)):
-        for chunks, path in ((1, "cluster"), (1, "grid"), (3, "grid"), (2, "stream")):
+    for H, units, rows, threads in ((1, 1, 1, 32), (100, 13, 9, 256), (768, 48, 8, 256)):
+        for chunks, path in ((1, "cluster"), (1, "grid"), (3, "grid")):
             for wide in (False, True):
                 blocks = -(-H // units)
-                cut = _cuda_plan.Cut(
-                    path if blocks > 1 else "block", blocks, units, rows, threads, chunks, wide
-                )
-                sizes = cut._asdict()
-                del sizes["path"]
-                sizes |= {"local": int(path == "cluster"), "scratch": 8 * (path == "stream")}
-                if blocks == 1 and path != "cluster":
+                if blocks == 1 and path == "grid":
                     continue
+                cut = _cuda_plan.Cut(
+                    path if blocks > 1 else "block", blocks, units, rows, chunks, wide
+                )
+                sizes = cut._asdict() | {"threads": threads, "local": int(path == "cluster")}
+                del sizes["path"]
                 found = module.memory(math, backward, H=H, **sizes)
-                expected = _cuda_plan.memory(math, backward, H, cut)
+                expected = _cuda_plan.memory(math, backward, H, cut, threads)
                 assert found == expected
 
 
@@ -422,10 +447,12 @@ def test_what_the_module_refuses(module):
         ({"threads": 48}, "threads: expected a multiple of 32"),
         ({"blocks": 2}, "blocks, units: expected just enough blocks"),
         ({"units": 3}, "blocks, units: expected just enough blocks"),
-        ({"rows": 33}, "rows: expected rows"),
+        ({"rows": 65}, "rows: expected no more elements than a thread can own"),
         ({"directions": 2}, "groups: expected a multiple of directions"),
         ({"chunks": 2}, "chunks: expected 1 with local"),
-        ({"local": 0}, "exchange, flags: expected memory"),
+        ({"local": 0}, "exchange: expected memory"),
+        ({"local": 0, "exchange": 8}, r"exchanges: expected T \+ 1 for each slice"),
+        ({"gates": 8}, "expected gx, y, h_n, c_n, both gates and cells or none"),
         ({"weight": 0}, "weight: expected memory"),
         ({"gx": 0}, "expected gx, y, h_n, c_n"),
         ({"other": 1}, "unknown keyword argument"),
@@ -440,7 +467,7 @@ def test_what_the_module_refuses(module):
         module.step("f32", False, 0, 0, n=1, H=1, c=8)
 
 
-@pytest.mark.parametrize("plan", ["cluster", "grid, slices in turn", "stream", "steps"])
+@pytest.mark.parametrize("plan", ["cluster", "grid, slices in turn", "grid, in chunks", "steps"])
 @pytest.mark.parametrize("proj_size", [0, 3])
 def test_the_module(emulated, plan, proj_size):
     """Two layers, both directions, packed and unsorted, through fastlstm.nn and the operators."""

@@ -35,7 +35,7 @@ void check(const Recurrence& p, Math math, bool backward) {
   expect(p.T > 0 && p.N > 0 && p.H > 0 && p.total > 0, "T, N, H, total: expected at least 1");
   expect(p.directions == 1 || p.directions == 2, "directions: expected 1 or 2");
   expect(p.threads >= kWarp && p.threads <= kMaxThreads && p.threads % kWarp == 0,
-         "threads: expected a multiple of 32 up to 384");
+         "threads: expected a multiple of 32 up to 256");
   expect(p.blocks > 0 && p.units > 0 && int64_t(p.blocks) * p.units >= p.H &&
              int64_t(p.blocks - 1) * p.units < p.H,
          "blocks, units: expected just enough blocks for all units");
@@ -54,7 +54,8 @@ void check(const Recurrence& p, Math math, bool backward) {
   if (backward)
     expect(p.gates && p.cells && p.dz && p.dh0 && p.dc0, "expected gates, cells, dz, dh0, dc0");
   else
-    expect(p.gx && p.y && p.h_n && p.c_n, "expected gx, y, h_n, c_n");
+    expect(p.gx && p.y && p.h_n && p.c_n && !p.gates == !p.cells,
+           "expected gx, y, h_n, c_n, both gates and cells or none");
 }
 
 void check(const Pointwise& p, Math, bool backward) {
@@ -105,9 +106,10 @@ void fill(Recurrence& p, Fields& field) {
   field("total", p.total);
   field("weight", p.weight[0]);
   field("weight_reverse", p.weight[1]);
+  field("bias", p.bias[0]);
+  field("bias_reverse", p.bias[1]);
   field("exchange", p.exchange);
   field("exchanges", p.exchanges);
-  field("scratch", p.scratch);
   field("gates", p.gates);
   field("cells", p.cells);
   field("c0", p.c0);
@@ -155,8 +157,8 @@ void call(const std::string& math, bool backward, int device, std::uintptr_t str
   run(p, m, backward, device, reinterpret_cast<void*>(stream));
 }
 
-// Bytes of shared memory that a block takes, of an operand in the exchange, of a block's weights
-// that no register holds.
+// Bytes of shared memory that a block takes, of an operand in the exchange, of a block's weights in
+// shared memory.
 py::tuple memory(const std::string& math, bool backward, const py::kwargs& given) {
   Recurrence p;
   Fields fields(given);

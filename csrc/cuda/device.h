@@ -220,8 +220,7 @@ FASTLSTM_DEVICE double fused(double a, double b, double c) { return fma(a, b, c)
 // c (16, 8) += a (16, K) * b (K, 8) by a whole warp, K = 16 in half precision and 8 in TF32. The
 // fragments are those of the PTX manual, "Matrix Fragments for mma.m16n8k16" and "... m16n8k8".
 #define FASTLSTM_MMA(shape_and_types)                                                              \
-  asm volatile(                                                                                    \
-      "mma.sync.aligned." shape_and_types " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+  asm("mma.sync.aligned." shape_and_types " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                             \
       : "r"(a.words[0]), "r"(a.words[1]), "r"(a.words[2]), "r"(a.words[3]), "r"(b0), "r"(b1))
 template <Math kMath>

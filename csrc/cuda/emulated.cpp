@@ -6,17 +6,24 @@
 namespace fastlstm::cuda {
 namespace {
 
-template <Math kMath, bool kWide>
+template <Math kMath, bool kWide, bool kGrid>
 void run_as(const Recurrence& p, bool backward) {
   const auto kernel = [](const void* q) {
-    recurrence_forward<kMath, kWide>(*static_cast<const Task*>(q));
+    recurrence_forward<kMath, kWide, kGrid>(*static_cast<const Task*>(q));
   };
   const auto kernel_backward = [](const void* q) {
-    recurrence_backward<kMath, kWide>(*static_cast<const Task*>(q));
+    recurrence_backward<kMath, kWide, kGrid>(*static_cast<const Task*>(q));
   };
   const Task task{p, layout(p, kMath, backward)};
   emulate(p.groups * p.blocks, p.threads, p.local ? p.blocks : 1, task.l.bytes,
           backward ? +kernel_backward : +kernel, &task);
+}
+template <Math kMath, bool kWide>
+void run_as(const Recurrence& p, bool backward) {
+  if (p.local)
+    run_as<kMath, kWide, false>(p, backward);
+  else
+    run_as<kMath, kWide, true>(p, backward);
 }
 template <Math kMath>
 void run_as(const Recurrence& p, bool backward) {

@@ -40,8 +40,7 @@ struct Types<Math::f64> {
   using Sum = double;
 };
 
-constexpr int kBatch = 8;    // loads under way at once, in copies of weights
-constexpr int kFetched = 4;  // and of the operand
+constexpr int kBatch = 8;  // loads under way at once, in copies of weights
 
 template <int kCount>
 struct Steps {
@@ -118,22 +117,28 @@ FASTLSTM_DEVICE void cell_backward(Sum (&z)[4], Sum c, Sum c_before, Sum dh, Sum
 }
 
 // One block's part of a recurrence: its weights, its part in the exchange, its product.
-template <Math kMath, bool kBackward, bool kWide>
+//
+// What a step needs of places in memory is found once, before the first: a step is short, and every
+// instruction in it is waited for.
+template <Math kMath, bool kBackward, bool kWide, bool kGrid>
 struct Block {
   using Storage = typename Types<kMath>::Storage;
   using Sum = typename Types<kMath>::Sum;
   // The weights come in words, of two elements in half precision.
   using Word = std::conditional_t<on_tensor_cores(kMath), uint32_t, Storage>;
 
+  static constexpr bool kTensorCores = on_tensor_cores(kMath);
   static constexpr int kPerWord = sizeof(Storage) < 4 ? 4 / int(sizeof(Storage)) : 1;
+  static constexpr int kPer16 = 16 / int(sizeof(Storage));
   static constexpr int kOwned = most_elements(kMath, kWide);
-  static constexpr int kRegisters = on_tensor_cores(kMath) && !kWide ? kHeld : 0;
+  static constexpr int kRegisters = kTensorCores && !kWide ? kHeld : 0;
   static constexpr int kMostTiles = kRegisters > 0 ? 2 : 4;  // of columns at once
   static constexpr int kParts = kBackward ? 4 : 1;           // of an operand: gates
+  static constexpr int kSums = kBackward ? 1 : 4;            // of the product, for each unit
 
-  // What a thread sends: 16 bytes from each of its places, to every `sides`-th peer.
-  struct Sending {
-    int places = 0, first = 0, width = 1, side = 0, sides = 1;
+  // Some k-steps.
+  struct Range {
+    int first, end;
   };
 
   const Recurrence& p;
@@ -141,13 +146,18 @@ struct Block {
   const int thread, group, rank, direction;
   const int unit0, units;  // this block's units
   char* const shared;
+  const Divider by_splits;
   int slot = 0;  // of the two operands, the one that was published last
   int tick = 0;  // exchanges begun
   int slice_rows = 0;
   int u, n_first, n_step;  // this thread's unit, the first of its rows, and on to the next
-  int m_first, split, k_first, k_end;  // of this warp's part of the product, in a whole chunk
-  Sending sending;
-  const Divider by_part, by_row;
+  int m_first, split;      // of this warp's part of the product
+  Range kept;              // and its k-steps whose weights no register holds, in the first chunk
+  int published[kParts];   // where this thread's first element stands in an operand
+  // What a thread fetches: 16 bytes from each of its places, which follow by so many.
+  int fetch_at, fetch_column, fetch_step, fetch_columns;
+  // What a thread sends: 16 bytes from each of its places, to every `sides`-th peer.
+  int send_places = 0, send_first = 0, send_width = 1, send_side = 0, send_sides = 1;
   Vec16 held[kRegisters ? kRegisters : 1];
 
   FASTLSTM_DEVICE explicit Block(const Task& task)
@@ -158,65 +168,49 @@ struct Block {
         rank(block_index() % p.blocks),
         direction(group % p.directions),
         unit0(rank * p.units),
-        units(p.H - unit0 < p.units ? p.H - unit0 : p.units),
+        units(at_most(p.H - unit0, p.units)),
         shared(shared_memory()),
-        by_part(in_cluster() ? of_part() : 1),
-        by_row(l.chunk_steps * 2) {
+        by_splits(l.splits) {
     u = thread % p.units;
     n_first = thread / p.units;
     n_step = rows_of_a_pass(p);
-    if (n_first >= n_step || u >= units) n_first = p.N;  // owns nothing
     const int warp = thread / kWarp;
     m_first = warp % l.m_tiles;
     split = warp / l.m_tiles;
-    k_first = first_step(split);
-    k_end = first_step(split + 1);
+    kept = kept_in(0);
     if (split >= l.splits) m_first = l.m_tiles;  // has no part
+    FASTLSTM_UNROLL
+    for (int part = 0; part < kParts; ++part) {
+      const int k = part * (l.K / kParts) + rank * l.unit_stride + u;
+      const int k_chunk = l.chunk_steps * 32 / int(sizeof(Storage)), chunk = k / k_chunk;
+      published[part] = (chunk * l.r_rows + n_first) * l.stride + k - chunk * k_chunk;
+    }
+    if constexpr (kGrid) {
+      const int columns = l.chunk_steps * 2, n = thread / columns, more = p.threads / columns;
+      fetch_column = thread - n * columns;
+      fetch_at = n * (l.stride / kPer16) + fetch_column;
+      fetch_columns = p.threads - more * columns;
+      fetch_step = more * (l.stride / kPer16) + fetch_columns;
+    }
+    if (n_first >= n_step || u >= units) n_first = p.N;  // owns nothing
   }
 
   // The row of this thread's element e, which exists if that is less than the rows of the slice.
   FASTLSTM_DEVICE int row(int e) const { return n_first + e * n_step; }
 
-  // The row of time t, batch row 0, and how many batch rows take part in that time.
-  FASTLSTM_DEVICE int64_t first_row(int t) const {
-    return p.offsets ? p.offsets[t] : int64_t(t) * p.N;
-  }
-  FASTLSTM_DEVICE int active(int t) const {
-    return p.offsets ? int(p.offsets[t + 1] - p.offsets[t]) : p.N;
+  // The k-steps of a chunk whose weights lie in shared memory, of this warp's split.
+  FASTLSTM_DEVICE Range kept_in(int chunk) const {
+    const int before = chunk ? chunk * l.chunk_steps : l.held * l.splits;
+    const int end = at_most((chunk + 1) * l.chunk_steps, l.k_steps);
+    const int pairs = end > before ? (end - before) / 2 : 0;
+    return {before + by_splits(pairs * split) * 2, before + by_splits(pairs * (split + 1)) * 2};
   }
 
-  FASTLSTM_DEVICE char* scratch() const {
-    return static_cast<char*>(p.scratch) + int64_t(block_index()) * l.weight_bytes;
-  }
-  // The k-steps of the first chunk begin here for a split.
-  FASTLSTM_DEVICE int first_step(int split) const {
-    return l.chunk_steps / 2 * split / l.splits * 2;
-  }
-  // Writes word w (one element, in half precision two) of row m of the weights where `product`
-  // reads it, if no register holds it. On tensor cores in the order in which a lane's four
-  // registers of the A fragment of one mma are read, as one 16-byte load; each register holds the
-  // words (row g, word t), (g + 8, t), (g, t + 4), (g + 8, t + 4), where lane = 4 * g + t.
-  FASTLSTM_DEVICE void keep(int m, int w, Word value) const {
-    Word* const first = reinterpret_cast<Word*>(p.scratch ? scratch() : shared);
-    if constexpr (on_tensor_cores(kMath)) {
-      const int step = w / 8;
-      int before = l.held * l.splits;  // k-steps in registers
-      if (l.held && step < l.chunk_steps) {
-        const int own = ((step / 2 + 1) * l.splits - 1) / (l.chunk_steps / 2);
-        if (step - first_step(own) < l.held) return;
-        before = l.held * (own + 1);
-      }
-      const int lane = m % 8 * 4 + w % 4, reg = m % 16 / 8 + w % 8 / 4 * 2;
-      first[((m / 16 * l.kept_steps + step - before) * kWarp + lane) * 4 + reg] = value;
-    } else {
-      first[m * l.weight_stride + w] = value;
-    }
-  }
   // The weights as they stand in W_hh; 0 where they are padded.
   struct Elements {
     const Storage* weight;
     int H, units, unit0, end, unit_stride, K;
-    Divider by_units, by_stride, by_part;
+    Divider by_stride, by_part;
     FASTLSTM_DEVICE explicit Elements(const Block& b)
         : weight(static_cast<const Storage*>(b.p.weight[b.direction])),
           H(b.p.H),
@@ -225,7 +219,6 @@ struct Block {
           end(b.unit0 + b.units),
           unit_stride(b.l.unit_stride),
           K(b.l.K),
-          by_units(units),
           by_stride(unit_stride),
           by_part(K / kParts) {}
     // Element (m, k), or where it would be if it is none.
@@ -234,8 +227,8 @@ struct Block {
       bool exists;
     };
     FASTLSTM_DEVICE Place place(int m, int k) const {
-      const int part = kBackward ? by_part(k) : by_units(m);
-      const int unit = unit0 + (kBackward ? m : m - part * units);
+      const int part = kBackward ? by_part(k) : m % 4;
+      const int unit = unit0 + (kBackward ? m : m / 4);
       const int in_part = kBackward ? k - part * by_part.by : k;
       const int block = by_stride(in_part), v = in_part - block * unit_stride;
       const int other = block * units + v;  // of the operand
@@ -243,21 +236,19 @@ struct Block {
       const int64_t row = int64_t(part) * H + (kBackward ? other : unit);
       return {row * H + (kBackward ? unit : other), exists};
     }
-    FASTLSTM_DEVICE Storage operator()(int m, int k) const {
-      const Place found = place(m, k);
-      return found.exists ? weight[found.at] : Storage{};
-    }
     FASTLSTM_DEVICE Word word(int m, int w) const {
       Storage parts[kPerWord];
       FASTLSTM_UNROLL
-      for (int j = 0; j < kPerWord; ++j) parts[j] = (*this)(m, w * kPerWord + j);
+      for (int j = 0; j < kPerWord; ++j) {
+        const Place found = place(m, w * kPerWord + j);
+        parts[j] = found.exists ? weight[found.at] : Storage{};
+      }
       return word_of<Word>(parts);
     }
     // Whether 16 bytes of a row of W_hh are 16 bytes of the operand's or the block's units, and
     // stand on a multiple of 16.
     FASTLSTM_DEVICE bool by16() const {
-      constexpr int kPer16 = 16 / int(sizeof(Storage));
-      return H % kPer16 == 0 && units % kPer16 == 0 &&
+      return H % kPer16 == 0 && unit_stride == units && (!kBackward || units % kPer16 == 0) &&
              reinterpret_cast<uintptr_t>(weight) % 16 == 0;
     }
     FASTLSTM_DEVICE Vec16 vector(int m, int k) const {
@@ -265,26 +256,6 @@ struct Block {
       return found.exists ? load16(weight + found.at) : Vec16{};
     }
   };
-  // Fills the registers: the same order, straight from W_hh.
-  FASTLSTM_DEVICE void hold(const Elements& element) {
-    const int lane = thread % kWarp;
-    if (!l.held || m_first >= l.m_tiles) return;
-    FASTLSTM_UNROLL
-    for (int i = 0; i < kRegisters; ++i) {
-      if (i >= l.held) continue;
-      FASTLSTM_UNROLL
-      for (int reg = 0; reg < 4; ++reg) {
-        const int m = m_first * 16 + lane / 4 + reg % 2 * 8;
-        held[i].words[reg] = element.word(m, (k_first + i) * 8 + lane % 4 + reg / 2 * 4);
-      }
-    }
-    FASTLSTM_UNROLL
-    for (int i = 0; i < kRegisters; ++i) {
-      FASTLSTM_UNROLL
-      for (int reg = 0; reg < 4; ++reg)
-        held[i].words[reg] = word_for_product<kMath>(held[i].words[reg]);
-    }
-  }
   // Calls load(place) and then store(place, loaded) for all places, kBatch loads at a time.
   template <class Loaded, class Load, class Store>
   FASTLSTM_DEVICE void copy(int places, Load&& load, Store&& store) const {
@@ -298,10 +269,23 @@ struct Block {
         if (first + j * p.threads < places) store(first + j * p.threads, values[j]);
     }
   }
-  // Copies the weights that no register holds. Neighbouring threads read what is near in W_hh.
-  FASTLSTM_DEVICE void fill(const Elements& element) const {
-    const int words = l.k_steps * 32 / int(sizeof(Word));  // of a row
-    constexpr int kPer16 = 16 / int(sizeof(Storage)), kWords = 16 / int(sizeof(Word));
+  // Copies the weights of some k-steps into shared memory. On tensor cores they stand in the order
+  // in which a lane's four registers of the A fragment of one mma are read, as one 16-byte load;
+  // each register holds the words (row g, word t), (g + 8, t), (g, t + 4), (g + 8, t + 4), where
+  // lane = 4 * g + t. Neighbouring threads read what is near in W_hh.
+  FASTLSTM_DEVICE void fill(const Elements& element, Range steps) const {
+    constexpr int kWords = 16 / int(sizeof(Word)), kWordsOfStep = 32 / int(sizeof(Word));
+    const int words = (steps.end - steps.first) * kWordsOfStep;  // of a row
+    const int w0 = steps.first * kWordsOfStep;
+    Word* const to = reinterpret_cast<Word*>(shared);
+    const auto keep = [&](int m, int w, Word value) {
+      int at = m * l.weight_stride + w;
+      if constexpr (kTensorCores) {
+        const int lane = m % 8 * 4 + w % 4, reg = m % 16 / 8 + w % 8 / 4 * 2;
+        at = (m / 16 * (words / 8) + w / 8) * (kWarp * 4) + lane * 4 + reg;
+      }
+      to[at] = word_for_product<kMath>(value);
+    };
     if (!element.by16()) {
       const int width = kBackward ? l.m_rows : words;
       const Divider by(width);
@@ -309,24 +293,27 @@ struct Block {
           l.m_rows * words,
           [&](int i) {
             const int q = by(i), r = i - q * width;
-            return element.word(kBackward ? r : q, kBackward ? q : r);
+            return element.word(kBackward ? r : q, w0 + (kBackward ? q : r));
           },
           [&](int i, Word value) {
             const int q = by(i), r = i - q * width;
-            keep(kBackward ? r : q, kBackward ? q : r, word_for_product<kMath>(value));
+            keep(kBackward ? r : q, kBackward ? q : r, value);
           });
     } else if (!kBackward) {
       const int width = words / kWords;  // a row of W_hh is a row of the weights
       const Divider by(width);
       copy<Vec16>(
           l.m_rows * width,
-          [&](int i) { return element.vector(by(i), (i - by(i) * width) * kPer16); },
+          [&](int i) {
+            const int m = by(i);
+            return element.vector(m, w0 * kPerWord + (i - m * width) * kPer16);
+          },
           [&](int i, const Vec16& value) {
             const int m = by(i), w = (i - m * width) * kWords;
             Word parts[kWords];
             unpack(parts, value);
             FASTLSTM_UNROLL
-            for (int j = 0; j < kWords; ++j) keep(m, w + j, word_for_product<kMath>(parts[j]));
+            for (int j = 0; j < kWords; ++j) keep(m, w + j, parts[j]);
           });
     } else {
       const int width = (l.m_rows + kPer16 - 1) / kPer16;  // a row is a column of the weights
@@ -340,7 +327,8 @@ struct Block {
             const int w = by(i), m = (i - w * width) * kPer16;
             Rows rows;
             FASTLSTM_UNROLL
-            for (int j = 0; j < kPerWord; ++j) rows.row[j] = element.vector(m, w * kPerWord + j);
+            for (int j = 0; j < kPerWord; ++j)
+              rows.row[j] = element.vector(m, (w0 + w) * kPerWord + j);
             return rows;
           },
           [&](int i, const Rows& rows) {
@@ -353,10 +341,30 @@ struct Block {
               Storage pair[kPerWord];
               FASTLSTM_UNROLL
               for (int j = 0; j < kPerWord; ++j) pair[j] = parts[j][k];
-              if (m + k < l.m_rows) keep(m + k, w, word_for_product<kMath>(word_of<Word>(pair)));
+              if (m + k < l.m_rows) keep(m + k, w, word_of<Word>(pair));
             }
           });
     }
+  }
+  // Fills the registers, by way of shared memory: as many k-steps at a time as have room there.
+  FASTLSTM_DEVICE void hold(const Elements& element) {
+    const int all = l.held * l.splits, most = l.barriers / (l.m_tiles * kWarp * 16);
+    for (int first = 0; first < all; first += most) {
+      const Range steps{first, at_most(first + most, all)};
+      fill(element, steps);
+      sync_block();
+      FASTLSTM_UNROLL
+      for (int i = 0; i < kRegisters; ++i) {
+        const int k = split * l.held + i;
+        if (m_first < l.m_tiles && i < l.held && k >= steps.first && k < steps.end)
+          held[i] = *fragment(m_first, k - steps.first, steps.end - steps.first);
+      }
+      sync_block();
+    }
+  }
+  // This lane's part of the A fragment of a k-step, where there are so many for each tile of rows.
+  FASTLSTM_DEVICE const Vec16* fragment(int m, int step, int steps) const {
+    return reinterpret_cast<const Vec16*>(shared) + (m * steps + step) * kWarp + thread % kWarp;
   }
 
   // Copies this block's part of W_hh into registers and shared memory, padded with zeros, and
@@ -364,7 +372,7 @@ struct Block {
   FASTLSTM_DEVICE void begin() {
     const Elements element(*this);
     if constexpr (kRegisters > 0) hold(element);
-    fill(element);
+    fill(element, {l.held * l.splits, l.k_steps});
     for (int i = l.operand / 16 + thread; i < l.partial / 16; i += p.threads)
       reinterpret_cast<Vec16*>(shared)[i] = Vec16{};
     // In a cluster also: no block publishes into another's operand before that is cleared, and its
@@ -378,7 +386,7 @@ struct Block {
     }
   }
 
-  FASTLSTM_DEVICE bool in_cluster() const { return p.local && p.blocks > 1; }
+  FASTLSTM_DEVICE bool in_cluster() const { return !kGrid && p.blocks > 1; }
   FASTLSTM_DEVICE uint64_t* barrier(int which) const {
     return reinterpret_cast<uint64_t*>(shared + l.barriers) + which;
   }
@@ -391,20 +399,16 @@ struct Block {
            (int64_t(group) * p.exchanges + number) * (l.operand_bytes / int(sizeof(Storage)));
   }
 
-  // Writes a part of row n of the next operand, of this thread's unit, for all blocks of the group;
-  // in a cluster arrive() sends it to the others.
-  FASTLSTM_DEVICE void publish(int n, int part, Sum value) {
-    // A NaN that comes from outside may have all bits set.
-    const Storage stored =
-        for_product<kMath>(to_storage<Storage>(value == value ? value : Sum(NAN)));
-    const int k = part * (l.K / kParts) + rank * l.unit_stride + u;
-    if (p.local) {
-      operand(slot ^ 1)[n * l.stride + k] = stored;
+  // Writes a part of this thread's element e of the next operand, for all blocks of the group; in a
+  // cluster arrive() sends it to the others.
+  FASTLSTM_DEVICE void publish(int e, int part, Sum value) {
+    const int at = published[part] + e * n_step * l.stride;
+    if constexpr (kGrid) {
+      // A NaN that comes from outside may have all bits set.
+      store_relaxed(exchanged(tick) + at,
+                    for_product<kMath>(to_storage<Storage>(value == value ? value : Sum(NAN))));
     } else {
-      const int k_chunk = l.chunk_steps * 32 / int(sizeof(Storage));
-      const int chunk = p.chunks == 1 ? 0 : k / k_chunk;
-      store_relaxed(exchanged(tick) + (chunk * l.r_rows + n) * l.stride + k - chunk * k_chunk,
-                    stored);
+      operand(slot ^ 1)[at] = for_product<kMath>(to_storage<Storage>(value));
     }
   }
   // After all publishing; what stands between arrive and wait does not delay the others.
@@ -417,13 +421,11 @@ struct Block {
   FASTLSTM_DEVICE void begin_slice(int rows) {
     slice_rows = rows;
     if (!in_cluster()) return;
-    sending.places = rows * kParts * of_part();
-    sending.width = at_most(sending.places, p.threads);
-    const Divider by_width(sending.width);
-    sending.side = by_width(thread);
-    sending.sides = by_width(p.threads);
-    sending.first = thread - sending.side * sending.width;
-    if (sending.side >= sending.sides) sending.first = sending.places;
+    send_places = rows * kParts * of_part();
+    send_width = at_most(send_places, p.threads);
+    send_side = thread / send_width;
+    send_sides = p.threads / send_width;
+    send_first = send_side < send_sides ? thread % send_width : send_places;
   }
   FASTLSTM_DEVICE int of_part() const {
     return l.unit_stride * int(sizeof(Storage)) / 16;  // places of a part of a row
@@ -432,15 +434,16 @@ struct Block {
   FASTLSTM_DEVICE void send() {
     uint64_t* const counter = barrier(slot ^ 1);
     const int peers = p.blocks - 1;
-    if (thread == 0) barrier_expect(counter, peers * sending.places * 16);
+    if (thread == 0) barrier_expect(counter, peers * send_places * 16);
     Vec16* const to = reinterpret_cast<Vec16*>(operand(slot ^ 1));
-    const int row16 = l.stride * int(sizeof(Storage)) / 16;
-    for (int place = sending.first; place < sending.places; place += sending.width) {
+    const Divider by_part(of_part());
+    for (int place = send_first; place < send_places; place += send_width) {
       const int part_of = by_part(place), in_part = place - part_of * of_part();
       const int n = part_of / kParts, part = part_of % kParts;
-      Vec16* const at = to + n * row16 + (part * p.blocks + rank) * of_part() + in_part;
+      Vec16* const at =
+          to + n * (l.stride / kPer16) + (part * p.blocks + rank) * of_part() + in_part;
       const Vec16 value = *at;
-      for (int i = sending.side; i < peers; i += sending.sides) {
+      for (int i = send_side; i < peers; i += send_sides) {
         const int peer = rank + 1 + i;
         store_to_peer(at, value, counter, peer < p.blocks ? peer : peer - p.blocks);
       }
@@ -451,32 +454,27 @@ struct Block {
   FASTLSTM_DEVICE void wait() {
     if (in_cluster())
       barrier_wait(barrier(slot ^ 1), (tick - 1) / 2 % 2);
-    else if (p.local)
+    else if (!kGrid)
       sync_block();
     slot ^= 1;
   }
 
   // out = weights * operand^T, as partial sums in shared memory. All threads see them on return.
   FASTLSTM_DEVICE void product() {
-    if (p.scratch)
-      product_from(reinterpret_cast<const Vec16*>(scratch()));
-    else
-      product_from(reinterpret_cast<const Vec16*>(shared));
-  }
-  FASTLSTM_DEVICE void product_from(const Vec16* weights) {
-    for (int chunk = 0; chunk < p.chunks; ++chunk) {
-      if (!p.local) fetch(chunk);
-      const Storage* const from = operand(p.local ? slot : 0);
+    const int chunks = kGrid ? p.chunks : 1;
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      if constexpr (kGrid) fetch(chunk);
+      const Storage* const from = operand(kGrid ? 0 : slot);
       for (int m = m_first; m < l.m_tiles; m += p.threads / kWarp) {
         for (int n = 0; n < l.n_tiles;) {
           if (kMostTiles == 4 && l.n_tiles - n >= 4) {
-            tiles<kMostTiles>(weights, from, chunk, m, n);
+            tiles<kMostTiles>(from, chunk, m, n);
             n += kMostTiles;
           } else if (l.n_tiles - n >= 2) {
-            tiles<2>(weights, from, chunk, m, n);
+            tiles<2>(from, chunk, m, n);
             n += 2;
           } else {
-            tiles<1>(weights, from, chunk, m, n);
+            tiles<1>(from, chunk, m, n);
             n += 1;
           }
         }
@@ -487,34 +485,61 @@ struct Block {
   // Copies a part of the operand into shared memory, each 16 bytes of it as soon as all their
   // elements have come: nothing that is published has all bits set, which is what was there before.
   FASTLSTM_DEVICE void fetch(int chunk) {
-    constexpr int kPer16 = 16 / int(sizeof(Storage));
-    const Vec16* const from =
-        reinterpret_cast<const Vec16*>(exchanged(tick - 1)) + chunk * (l.chunk_bytes / 16);
-    Vec16* const to = reinterpret_cast<Vec16*>(operand(0));
-    const int k0 = chunk * by_row.by * kPer16, row16 = l.stride / kPer16;
-    const int columns = (l.K - k0 + kPer16 - 1) / kPer16;  // 16 bytes each; more are padding
-    const int places = slice_rows * by_row.by;
-    for (int first = thread; first < places; first += kFetched * p.threads) {
-      Vec16 values[kFetched];
-      const auto each = [&](auto&& f) {
-        FASTLSTM_UNROLL
-        for (int j = 0; j < kFetched; ++j) {
-          const int i = first + j * p.threads, n = by_row(i), column = i - n * by_row.by;
-          if (i < places && column < columns) f(values[j], n * row16 + column, column);
-        }
-      };
-      each([&](Vec16& value, int at, int) { value = load_relaxed<Storage>(from + at); });
-      each([&](Vec16& value, int at, int column) {
-        const int count = l.K - k0 - column * kPer16;  // elements of these 16 bytes
-        while (!has_come(value, count)) value = load_relaxed<Storage>(from + at);
-        to[at] = value;
-      });
+    const int per_row = l.chunk_steps * 2;
+    int left = slice_rows * per_row, column = fetch_column,
+        at = fetch_at;  // places for all threads
+    while (left > 0) {
+      if (left <= 2 * p.threads)
+        fetch_some<2>(chunk, left, column, at);
+      else if (left <= 4 * p.threads)
+        fetch_some<4>(chunk, left, column, at);
+      else
+        fetch_some<8>(chunk, left, column, at);
     }
     sync_block();
   }
+  // So many places of each thread, all of them under way at once.
+  template <int kCount>
+  FASTLSTM_DEVICE void fetch_some(int chunk, int& left, int& column, int& at) {
+    const Vec16* const from =
+        reinterpret_cast<const Vec16*>(exchanged(tick - 1)) + chunk * (l.chunk_bytes / 16);
+    Vec16* const to = reinterpret_cast<Vec16*>(operand(0));
+    const int per_row = l.chunk_steps * 2, in_row = l.K - chunk * per_row * kPer16;
+    Vec16 values[kCount];
+    int places[kCount], counts[kCount];  // of 16 bytes, and elements there, 0 once they have come
+    FASTLSTM_UNROLL
+    for (int j = 0; j < kCount; ++j) {
+      places[j] = at;
+      const int count = in_row - column * kPer16;
+      counts[j] = thread + j * p.threads < left && count > 0 ? at_most(count, kPer16) : 0;
+      at += fetch_step;
+      column += fetch_columns;
+      if (column >= per_row) {
+        column -= per_row;
+        at += l.stride / kPer16 - per_row;
+      }
+    }
+    left -= kCount * p.threads;
+    for (bool waits = true; waits;) {
+      FASTLSTM_UNROLL
+      for (int j = 0; j < kCount; ++j)
+        if (counts[j]) values[j] = load_relaxed<Storage>(from + places[j]);
+      waits = false;
+      FASTLSTM_UNROLL
+      for (int j = 0; j < kCount; ++j) {
+        if (!counts[j]) continue;
+        if (has_come(values[j], counts[j])) {
+          to[places[j]] = values[j];
+          counts[j] = 0;
+        } else {
+          waits = true;
+        }
+      }
+    }
+  }
   // Whether the first elements of 16 bytes are there; makes zeros of the others.
   FASTLSTM_DEVICE static bool has_come(Vec16& v, int count) {
-    constexpr int kBytes = int(sizeof(Storage)), kPer16 = 16 / kBytes;
+    constexpr int kBytes = int(sizeof(Storage));
     if (count < kPer16) {
       FASTLSTM_UNROLL
       for (int i = 0; i < 4; ++i) {
@@ -537,18 +562,21 @@ struct Block {
     return reinterpret_cast<Sum*>(shared + l.partial) +
            (split * l.r_padded + n) * l.partial_stride + m;
   }
-  // Outputs (n, m), (n, m + U), ... of the product.
-  template <int kCount>
-  FASTLSTM_DEVICE void product_at(int n, int m, Sum (&sums)[kCount]) const {
-    const Sum* from = partial(0, n, m);
-    FASTLSTM_UNROLL
-    for (int k = 0; k < kCount; ++k) sums[k] = from[k * p.units];
+  // The outputs of a unit and a row.
+  struct alignas(kSums * sizeof(Sum) > 16 ? 16 : kSums * sizeof(Sum)) Sums {
+    Sum of[kSums];
+  };
+  FASTLSTM_DEVICE Sums product_at(int e) const {
+    const Sum* from = partial(0, row(e), u * kSums);
+    Sums sums = *reinterpret_cast<const Sums*>(from);
     FASTLSTM_UNROLL_2
     for (int split = 1; split < l.splits; ++split) {
       from += l.r_padded * l.partial_stride;
+      const Sums more = *reinterpret_cast<const Sums*>(from);
       FASTLSTM_UNROLL
-      for (int k = 0; k < kCount; ++k) sums[k] += from[k * p.units];
+      for (int k = 0; k < kSums; ++k) sums.of[k] += more.of[k];
     }
+    return sums;
   }
 
   // One warp: the tile of rows m by the kTiles tiles of columns from n on, over the k-steps of its
@@ -557,22 +585,16 @@ struct Block {
   // A lane has the outputs (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1) of each tile, where
   // its index is 4 * g + q, as mma has it. It adds to its own partial sums of the chunks before.
   template <int kTiles>
-  FASTLSTM_DEVICE void tiles(const Vec16* weights, const Storage* from, int chunk, int m,
-                             int n) const {
-    constexpr int kChains = on_tensor_cores(kMath) ? 4 / kTiles : 1;
+  FASTLSTM_DEVICE void tiles(const Storage* from, int chunk, int m, int n) const {
+    constexpr int kChains = kTensorCores ? 4 / kTiles : 1;
     Sum sums[kChains][kTiles][4] = {};
-    const int before = chunk * l.chunk_steps, lane = thread % kWarp, g = lane / 4, q = lane % 4;
-    int k = k_first, end = k_end;
-    if (before + l.chunk_steps > l.k_steps) {
-      const int pairs = l.k_steps > before ? (l.k_steps - before) / 2 : 0;
-      k = pairs * split / l.splits * 2;
-      end = pairs * (split + 1) / l.splits * 2;
-    }
-    if constexpr (on_tensor_cores(kMath)) {
-      const char* const rows = reinterpret_cast<const char*>(from + n * 8 * l.stride);
+    const int lane = thread % kWarp, g = lane / 4, q = lane % 4;
+    const Range range = chunk ? kept_in(chunk) : kept;
+    if constexpr (kTensorCores) {
       const int row_bytes = l.stride * int(sizeof(Storage));
-      // So many k-steps, whose loads all come before the products.
-      const auto add = [&](auto steps, const Vec16* a) {
+      const char* const rows = reinterpret_cast<const char*>(from) + n * 8 * row_bytes;
+      // So many k-steps from k on of this part of the operand; all loads come before the products.
+      const auto add = [&](auto steps, const Vec16* a, int k) {
         constexpr int kSteps = decltype(steps)::value;
         uint32_t b[kSteps / 2][kTiles][4];
         FASTLSTM_UNROLL
@@ -588,30 +610,34 @@ struct Block {
             mma<kMath>(sums[i % kChains][j], a[i], b[i / 2][j][i % 2 * 2],
                        b[i / 2][j][i % 2 * 2 + 1]);
         }
-        k += kSteps;
       };
-      const Vec16* kept = weights + (m * l.kept_steps + before) * kWarp + lane;
       if constexpr (kRegisters > 0) {
         if (chunk == 0) {
           FASTLSTM_UNROLL
           for (int i = 0; i < kRegisters; i += kGroup)
-            if (i < l.held) add(Steps<kGroup>(), held + i);
+            if (i < l.held) add(Steps<kGroup>(), held + i, split * l.held + i);
         }
-        kept -= l.held * (chunk ? l.splits : split + 1) * kWarp;
       }
+      const Vec16* weights = fragment(m, range.first - l.held * l.splits, l.kept_steps);
+      int k = range.first - chunk * l.chunk_steps;
+      const int end = range.end - chunk * l.chunk_steps;
       const auto add_kept = [&](auto steps) {
         constexpr int kSteps = decltype(steps)::value;
         Vec16 a[kSteps];
         FASTLSTM_UNROLL
-        for (int i = 0; i < kSteps; ++i) a[i] = kept[(k + i) * kWarp];
-        add(steps, a);
+        for (int i = 0; i < kSteps; ++i) a[i] = weights[i * kWarp];
+        add(steps, a, k);
+        weights += kSteps * kWarp;
+        k += kSteps;
       };
       while (k + 4 <= end) add_kept(Steps<4>());
       if (k < end) add_kept(Steps<2>());
     } else {
-      for (; k < end; ++k) multiply(sums[0], weights, from, m, n, before, k);
+      for (int k = range.first; k < range.end; ++k)
+        multiply(sums[0], from, m, n, k, k - chunk * l.chunk_steps);
     }
 
+    Sum* const out = partial(split, n * 8 + 2 * q, m * 16 + g);
     FASTLSTM_UNROLL
     for (int j = 0; j < kTiles; ++j) {
       FASTLSTM_UNROLL
@@ -619,24 +645,24 @@ struct Block {
         Sum sum = sums[0][j][e];
         FASTLSTM_UNROLL
         for (int chain = 1; chain < kChains; ++chain) sum += sums[chain][j][e];
-        Sum& out = *partial(split, (n + j) * 8 + 2 * q + e % 2, m * 16 + g + e / 2 * 8);
-        out = chunk ? out + sum : sum;
+        Sum& at = out[(j * 8 + e % 2) * l.partial_stride + e / 2 * 8];
+        at = chunk ? at + sum : sum;
       }
     }
   }
 
-  // Without tensor cores: adds k-step k of a chunk, whose weights are those of before + k.
+  // Without tensor cores: adds k-step k of the weights, which is `step` of the part of the operand.
   template <int kTiles>
-  FASTLSTM_DEVICE void multiply(Sum (&sums)[kTiles][4], const Vec16* weights, const Storage* from,
-                                int m, int n, int before, int k) const {
-    constexpr int kPer16 = 16 / int(sizeof(Storage));
+  FASTLSTM_DEVICE void multiply(Sum (&sums)[kTiles][4], const Storage* from, int m, int n, int k,
+                                int step) const {
+    const Vec16* const weights = reinterpret_cast<const Vec16*>(shared);
     const int lane = thread % kWarp, g = lane / 4, q = lane % 4;
     // Rows beyond the last are the last once more; nobody reads their sums.
     const int row16 = l.weight_stride / kPer16;
     const int m0 = at_most(m * 16 + g, l.m_rows - 1), m1 = at_most(m * 16 + g + 8, l.m_rows - 1);
     FASTLSTM_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int at = (2 * k + half) * kPer16, at16 = 2 * (before + k) + half;
+      const int at = (2 * step + half) * kPer16, at16 = 2 * k + half;
       Storage a0[kPer16], a1[kPer16], b0[kPer16], b1[kPer16];
       unpack(a0, weights[m0 * row16 + at16]);
       unpack(a1, weights[m1 * row16 + at16]);
@@ -657,10 +683,21 @@ struct Block {
   }
 };
 
-template <Math kMath, bool kWide>
+// The rows of a time, of a slice that begins at batch row n0.
+struct Time {
+  int64_t row;  // of all times; of the slice's first batch row
+  int active;   // rows of the slice that take part, or less than 1
+};
+FASTLSTM_DEVICE Time time_of(const Recurrence& p, int t, int n0, int rows) {
+  if (!p.offsets) return {int64_t(t) * p.N + n0, rows};
+  const int64_t first = p.offsets[t];
+  return {first + n0, at_most(int(p.offsets[t + 1] - first) - n0, rows)};
+}
+
+template <Math kMath, bool kWide, bool kGrid>
 FASTLSTM_DEVICE void recurrence_forward(const Task& task) {
   const Recurrence& p = task.p;
-  using B = Block<kMath, false, kWide>;
+  using B = Block<kMath, false, kWide, kGrid>;
   using Storage = typename B::Storage;
   using Sum = typename B::Sum;
   constexpr int kOwned = B::kOwned;
@@ -668,21 +705,29 @@ FASTLSTM_DEVICE void recurrence_forward(const Task& task) {
   b.begin();
 
   const int H = p.H, d = b.direction, unit = b.unit0 + b.u;
+  Sum bias[4];
+  FASTLSTM_UNROLL
+  for (int k = 0; k < 4; ++k)
+    bias[k] = b.u < b.units ? to_sum(read<Storage>(p.bias[d], k * H + unit)) : Sum(0);
   const int slices = (p.N + p.rows - 1) / p.rows;
   for (int slice = b.group / p.directions; slice < slices; slice += p.groups / p.directions) {
-    const int n0 = slice * p.rows, rows = p.N - n0 < p.rows ? p.N - n0 : p.rows;
+    const int n0 = slice * p.rows, rows = at_most(p.N - n0, p.rows);
     b.begin_slice(rows);
     // Of the next step, on its way while the group meets: the input's part of the gates. It is
     // converted only where it is needed, since that would wait for it.
     Storage in[kOwned][4];
     Sum c[kOwned], h[kOwned];
-    const auto load = [&](int s) {
-      const int t = d ? p.T - 1 - s : s, active = at_most(b.active(t) - n0, rows);
-      const auto gx = moved<Storage>(p.gx, (d * p.total + b.first_row(t) + n0) * 4 * H + unit);
+    // The time of step s; after the last one without rows, at an address of memory.
+    const auto time = [&](int s) {
+      if (s >= p.T) return Time{0, 0};
+      return time_of(p, d ? p.T - 1 - s : s, n0, rows);
+    };
+    const auto load = [&](const Time& now) {
+      const auto gx = moved<Storage>(p.gx, (d * p.total + now.row) * 4 * H + unit);
       FASTLSTM_UNROLL
       for (int e = 0; e < kOwned; ++e) {
         const int n = b.row(e);
-        if (n >= active) continue;
+        if (n >= now.active) continue;
         FASTLSTM_UNROLL
         for (int k = 0; k < 4; ++k) in[e][k] = gx[(4 * n + k) * H];
       }
@@ -695,24 +740,23 @@ FASTLSTM_DEVICE void recurrence_forward(const Task& task) {
       if (n >= rows) continue;
       c[e] = to_sum(read<Storage>(p.c0, first + n * H));
       h[e] = to_sum(read<Storage>(p.h0, first + n * H));
-      b.publish(n, 0, h[e]);
+      b.publish(e, 0, h[e]);
     }
     b.arrive();
-    load(0);
+    Time now = time(0);
+    load(now);
     b.wait();
 
     for (int s = 0; s < p.T; ++s) {
-      const int t = d ? p.T - 1 - s : s, active = at_most(b.active(t) - n0, rows);
-      const int64_t row = b.first_row(t) + n0, kept = d * p.total + row;
-      const auto y = moved<Storage>(p.y, (row * p.directions + d) * H + unit);
-      const auto cells = moved<Storage>(p.cells, kept * H + unit);
-      const auto gates = moved<Storage>(p.gates, kept * 4 * H + unit);
       b.product();
+      const int64_t kept = (d * p.total + now.row) * H + unit;
+      const auto y = moved<Storage>(p.y, (now.row * p.directions + d) * H + unit);
       // What leaves is written while the group meets; many elements would take too many registers.
       const auto store = [&](int n, const Sum(&z)[4], Sum h, Sum c) {
         y[n * p.directions * H] = to_storage<Storage>(h);
-        if (cells) cells[n * H] = to_storage<Storage>(c);
-        if (!gates) return;
+        if (!p.gates) return;
+        moved<Storage>(p.cells, kept)[n * H] = to_storage<Storage>(c);
+        const auto gates = moved<Storage>(p.gates, 4 * (kept - unit) + unit);
         FASTLSTM_UNROLL
         for (int k = 0; k < 4; ++k) gates[(4 * n + k) * H] = to_storage<Storage>(z[k]);
       };
@@ -722,22 +766,24 @@ FASTLSTM_DEVICE void recurrence_forward(const Task& task) {
         const int n = b.row(e);
         if (n >= rows) continue;
         Sum(&own)[4] = z[kWide ? 0 : e];
-        if (n < active) {
-          b.product_at(n, b.u, own);
+        if (n < now.active) {
+          const auto sums = b.product_at(e);
           FASTLSTM_UNROLL
-          for (int k = 0; k < 4; ++k) own[k] += to_sum(in[e][k]);
+          for (int k = 0; k < 4; ++k) own[k] = sums.of[k] + (to_sum(in[e][k]) + bias[k]);
           h[e] = cell_forward<kMath>(own, c[e]);
           if (kWide) store(n, own, h[e], c[e]);
         }
-        b.publish(n, 0, h[e]);
+        b.publish(e, 0, h[e]);
       }
       b.arrive();
-      load(at_most(s + 1, p.T - 1));  // the last time once more: no address is outside
+      const Time next = time(s + 1);
+      load(next);
       if (!kWide) {
         FASTLSTM_UNROLL
         for (int e = 0; e < kOwned; ++e)
-          if (b.row(e) < active) store(b.row(e), z[kWide ? 0 : e], h[e], c[e]);
+          if (b.row(e) < now.active) store(b.row(e), z[kWide ? 0 : e], h[e], c[e]);
       }
+      now = next;
       b.wait();
     }
 
@@ -753,10 +799,10 @@ FASTLSTM_DEVICE void recurrence_forward(const Task& task) {
 
 // A row that does not take part in a time publishes dz = 0 and keeps what reaches its h: before its
 // last step that is grad_h, after its first step dh0. So ragged batches need nothing else.
-template <Math kMath, bool kWide>
+template <Math kMath, bool kWide, bool kGrid>
 FASTLSTM_DEVICE void recurrence_backward(const Task& task) {
   const Recurrence& p = task.p;
-  using B = Block<kMath, true, kWide>;
+  using B = Block<kMath, true, kWide, kGrid>;
   using Storage = typename B::Storage;
   using Sum = typename B::Sum;
   constexpr int kOwned = B::kOwned;
@@ -766,32 +812,33 @@ FASTLSTM_DEVICE void recurrence_backward(const Task& task) {
   const int H = p.H, d = b.direction, unit = b.unit0 + b.u;
   const int slices = (p.N + p.rows - 1) / p.rows;
   for (int slice = b.group / p.directions; slice < slices; slice += p.groups / p.directions) {
-    const int n0 = slice * p.rows, rows = p.N - n0 < p.rows ? p.N - n0 : p.rows;
+    const int n0 = slice * p.rows, rows = at_most(p.N - n0, p.rows);
     b.begin_slice(rows);
     Storage gates[kOwned][4], c[kOwned], c_before[kOwned], grad[kOwned];
     Sum dc[kOwned], dh[kOwned];
     const int64_t first = (int64_t(d) * p.N + n0) * H + unit;
-    const auto load = [&](int s) {
-      const int t = d ? s : p.T - 1 - s, active = at_most(b.active(t) - n0, rows);
-      const int before = d ? t + 1 : t - 1;  // the time whose state step t started from
-      const bool inside = before >= 0 && before < p.T;
-      const int active_before = inside ? b.active(before) - n0 : 0;
-      const int64_t row = b.first_row(t) + n0, kept = d * p.total + row;
-      const auto z = moved<Storage>(p.gates, kept * 4 * H + unit);
-      const auto cells = moved<Storage>(p.cells, kept * H + unit);
-      const auto grad_y = moved<Storage>(p.grad_y, (row * p.directions + d) * H + unit);
-      const auto cells_before =
-          cells + (inside ? (b.first_row(before) - b.first_row(t)) * H : int64_t(0));
+    // The time of step s; after the last one without rows, at an address of memory.
+    const auto time = [&](int s) {
+      if (s >= p.T) return Time{0, 0};
+      return time_of(p, d ? s : p.T - 1 - s, n0, rows);
+    };
+    // `before` is the time whose state that of step `now` started from.
+    const auto load = [&](const Time& now, const Time& before) {
+      const int64_t kept = (d * p.total + now.row) * H + unit;
+      const auto z = moved<Storage>(p.gates, 4 * (kept - unit) + unit);
+      const auto cells = moved<Storage>(p.cells, kept);
+      const auto grad_y = moved<Storage>(p.grad_y, (now.row * p.directions + d) * H + unit);
+      const auto cells_before = cells + (before.active > 0 ? (before.row - now.row) * H : 0);
       const auto c0 = moved<Storage>(p.c0, first);
       FASTLSTM_UNROLL
       for (int e = 0; e < kOwned; ++e) {
         const int n = b.row(e);
-        if (n >= active) continue;
+        if (n >= now.active) continue;
         FASTLSTM_UNROLL
         for (int k = 0; k < 4; ++k) gates[e][k] = z[(4 * n + k) * H];
         c[e] = cells[n * H];
         // Every address is one of memory, whichever of them a compiler may load from early.
-        const bool is_inside = n < active_before;
+        const bool is_inside = n < before.active;
         const auto from = is_inside ? cells_before : c0 ? c0 : cells;
         const Storage loaded = from[n * H];
         c_before[e] = is_inside || c0 ? loaded : Storage{};
@@ -806,16 +853,17 @@ FASTLSTM_DEVICE void recurrence_backward(const Task& task) {
       dc[e] = to_sum(read<Storage>(p.grad_c, first + n * H));
       dh[e] = to_sum(read<Storage>(p.grad_h, first + n * H));
       FASTLSTM_UNROLL
-      for (int k = 0; k < 4; ++k) b.publish(n, k, Sum(0));
+      for (int k = 0; k < 4; ++k) b.publish(e, k, Sum(0));
     }
     b.arrive();
-    load(0);
+    Time now = time(0), before = time(1);
+    load(now, before);
     b.wait();
 
-    for (int s = 0; s < p.T; ++s) {
-      const int t = d ? s : p.T - 1 - s, active = at_most(b.active(t) - n0, rows);
-      const auto dz = moved<Storage>(p.dz, (d * p.total + b.first_row(t) + n0) * 4 * H + unit);
+    for (int s = 0;; ++s) {
       b.product();
+      if (s == p.T) break;
+      const auto dz = moved<Storage>(p.dz, (d * p.total + now.row) * 4 * H + unit);
       const auto store = [&](int n, const Sum(&own)[4]) {
         FASTLSTM_UNROLL
         for (int k = 0; k < 4; ++k) dz[(4 * n + k) * H] = to_storage<Storage>(own[k]);
@@ -826,10 +874,8 @@ FASTLSTM_DEVICE void recurrence_backward(const Task& task) {
         const int n = b.row(e);
         if (n >= rows) continue;
         Sum(&own)[4] = z[kWide ? 0 : e];
-        Sum found[1];
-        b.product_at(n, b.u, found);
-        const Sum reaches = dh[e] + found[0];
-        const bool takes_part = n < active;
+        const Sum reaches = dh[e] + b.product_at(e).of[0];
+        const bool takes_part = n < now.active;
         FASTLSTM_UNROLL
         for (int k = 0; k < 4; ++k) own[k] = takes_part ? to_sum(gates[e][k]) : Sum(0);
         if (takes_part) {
@@ -839,27 +885,27 @@ FASTLSTM_DEVICE void recurrence_backward(const Task& task) {
         }
         dh[e] = takes_part ? Sum(0) : reaches;
         FASTLSTM_UNROLL
-        for (int k = 0; k < 4; ++k) b.publish(n, k, own[k]);
+        for (int k = 0; k < 4; ++k) b.publish(e, k, own[k]);
       }
       b.arrive();
-      load(at_most(s + 1, p.T - 1));  // the last time once more: no address is outside
+      const Time after = time(s + 2);
+      load(before, after);
       if (!kWide) {
         FASTLSTM_UNROLL
         for (int e = 0; e < kOwned; ++e)
-          if (b.row(e) < active) store(b.row(e), z[kWide ? 0 : e]);
+          if (b.row(e) < now.active) store(b.row(e), z[kWide ? 0 : e]);
       }
+      now = before;
+      before = after;
       b.wait();
     }
 
-    b.product();
     FASTLSTM_UNROLL
     for (int e = 0; e < kOwned; ++e) {
       const int n = b.row(e);
       if (n >= rows) continue;
-      Sum found[1];
-      b.product_at(n, b.u, found);
       write<Storage>(p.dc0, first + n * H, dc[e]);
-      write<Storage>(p.dh0, first + n * H, dh[e] + found[0]);
+      write<Storage>(p.dh0, first + n * H, dh[e] + b.product_at(e).of[0]);
     }
     // Between this product's reads of the partial sums and the next slice's writes stands the
     // barrier after that slice's first publishing, which goes to the operand nobody reads.

@@ -31,13 +31,13 @@ class DeviceGuard {
   int before_ = 0;
 };
 
-template <Math kMath, bool kBackward, bool kWide>
+template <Math kMath, bool kBackward, bool kWide, bool kGrid>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     recurrence_kernel(const __grid_constant__ Task task) {
   if constexpr (kBackward)
-    recurrence_backward<kMath, kWide>(task);
+    recurrence_backward<kMath, kWide, kGrid>(task);
   else
-    recurrence_forward<kMath, kWide>(task);
+    recurrence_forward<kMath, kWide, kGrid>(task);
 }
 
 template <Math kMath, bool kBackward>
@@ -51,24 +51,28 @@ __global__ void __launch_bounds__(kMaxThreads) step_kernel(const Pointwise p) {
 template <class Params>
 using Kernel = void (*)(Params);
 
-template <bool kBackward, bool kWide>
+template <bool kBackward, bool kWide, bool kGrid>
 Kernel<const Task> recurrence_for(Math math) {
   switch (math) {
     case Math::bf16:
-      return recurrence_kernel<Math::bf16, kBackward, kWide>;
+      return recurrence_kernel<Math::bf16, kBackward, kWide, kGrid>;
     case Math::f16:
-      return recurrence_kernel<Math::f16, kBackward, kWide>;
+      return recurrence_kernel<Math::f16, kBackward, kWide, kGrid>;
     case Math::tf32:
-      return recurrence_kernel<Math::tf32, kBackward, kWide>;
+      return recurrence_kernel<Math::tf32, kBackward, kWide, kGrid>;
     case Math::f32:
-      return recurrence_kernel<Math::f32, kBackward, true>;
+      return recurrence_kernel<Math::f32, kBackward, true, kGrid>;
     default:
-      return recurrence_kernel<Math::f64, kBackward, true>;
+      return recurrence_kernel<Math::f64, kBackward, true, kGrid>;
   }
 }
-Kernel<const Task> recurrence_for(Math math, bool backward, bool wide) {
-  if (backward) return wide ? recurrence_for<true, true>(math) : recurrence_for<true, false>(math);
-  return wide ? recurrence_for<false, true>(math) : recurrence_for<false, false>(math);
+template <bool kBackward>
+Kernel<const Task> recurrence_for(Math math, bool wide, bool grid) {
+  if (wide)
+    return grid ? recurrence_for<kBackward, true, true>(math)
+                : recurrence_for<kBackward, true, false>(math);
+  return grid ? recurrence_for<kBackward, false, true>(math)
+              : recurrence_for<kBackward, false, false>(math);
 }
 
 template <bool kBackward>
@@ -109,7 +113,8 @@ void allow(const void* kernel, int device) {
 
 void run(const Recurrence& p, Math math, bool backward, int device, void* stream) {
   const DeviceGuard guard(device);
-  const auto kernel = recurrence_for(math, backward, p.wide);
+  const auto kernel = backward ? recurrence_for<true>(math, p.wide, !p.local)
+                               : recurrence_for<false>(math, p.wide, !p.local);
   const Task task{p, layout(p, math, backward)};
   allow(reinterpret_cast<const void*>(kernel), device);
 
@@ -154,7 +159,8 @@ DeviceProperties properties(int device) {
       get(cudaDevAttrCooperativeLaunch) != 0, {}};
   if (found.major < 9) return found;
   const DeviceGuard guard(device);
-  const void* const kernel = reinterpret_cast<const void*>(recurrence_for(Math::bf16, true, false));
+  const void* const kernel =
+      reinterpret_cast<const void*>(recurrence_for<true>(Math::bf16, false, false));
   allow(kernel, device);
   for (int i = 0; i < 4; ++i) {
     cudaLaunchAttribute attribute{};

@@ -15,9 +15,9 @@
 namespace fastlstm::cuda {
 
 constexpr int kWarp = 32;
-constexpr int kMaxThreads = 384;
+constexpr int kMaxThreads = 256;
 // A kernel has room in registers for weights or for many elements of the pointwise step, `wide`.
-constexpr int kHeld = 16;         // most A fragments that a lane holds, in four registers each
+constexpr int kHeld = 24;         // most A fragments that a lane holds, in four registers each
 constexpr int kElements = 2;      // most elements of the pointwise step that a thread owns
 constexpr int kWideElements = 8;  // the same where it holds no weights
 constexpr int kGroup = 8;         // of which so many are used together
@@ -60,23 +60,20 @@ struct Recurrence {
   int64_t total = 0;
 
   const void* weight[2] = {};  // W_hh (4H, H) of each direction
+  const void* bias[2] = {};    // forward: (4H,) of each direction, to be added to gx; or null
   // Exchange of a group that is no cluster: (groups, exchanges, operand of layout()), all bits set
   // before the launch. Every exchange has memory of its own: T + 1 for each slice of a group.
   void* exchange = nullptr;
   int32_t exchanges = 0;
 
-  // Memory for the weights where shared memory does not hold them, (blocks in all, weight_bytes of
-  // layout()), or null.
-  void* scratch = nullptr;
-
-  void* gates = nullptr;     // (directions, total, 4H) after their activations; forward: or null
-  void* cells = nullptr;     // (directions, total, H); forward: or null
-  const void* c0 = nullptr;  // (directions, N, H), or null for zeros
-  const void* h0 = nullptr;  // forward: (directions, N, H), or null for zeros
-  const void* gx = nullptr;  // forward: (directions, total, 4H), x W_ih^T and both biases
-  void* y = nullptr;         // forward: (total, directions*H)
-  void* h_n = nullptr;       // forward: (directions, N, H)
-  void* c_n = nullptr;       // forward: (directions, N, H)
+  void* gates = nullptr;         // (directions, total, 4H) after their activations
+  void* cells = nullptr;         // (directions, total, H); forward: or both null
+  const void* c0 = nullptr;      // (directions, N, H), or null for zeros
+  const void* h0 = nullptr;      // forward: (directions, N, H), or null for zeros
+  const void* gx = nullptr;      // forward: (directions, total, 4H), x W_ih^T and a bias
+  void* y = nullptr;             // forward: (total, directions*H)
+  void* h_n = nullptr;           // forward: (directions, N, H)
+  void* c_n = nullptr;           // forward: (directions, N, H)
   const void* grad_y = nullptr;  // backward: (total, directions*H), or null for zeros
   const void* grad_h = nullptr;  // backward: (directions, N, H), or null for zeros
   const void* grad_c = nullptr;  // backward: (directions, N, H), or null for zeros
@@ -120,13 +117,14 @@ FASTLSTM_BOTH constexpr int rows_of_a_pass(const Recurrence& p) { return p.threa
 // partial sums that the pointwise step adds up in order. Tensor cores read whole tiles, so there
 // weights and operand are padded to them. A group that is no cluster keeps its operands in global
 // memory, in `chunks` parts over K of (r_rows, stride) each; one part at a time is in shared
-// memory. Where each warp has one tile of one split, it holds the first `held` k-steps of that in
-// registers; the other weights, kept_steps of each tile of rows, lie in shared memory.
+// memory. Where each warp has one tile of one split, each split holds `held` k-steps in registers,
+// the first of all k-steps; the other weights, kept_steps of each tile of rows, lie in shared
+// memory, and the splits share those of each part.
 struct Layout {
   int unit_stride, K;
   int m_tiles, n_tiles, k_steps, splits;
   int chunk_steps;                 // k-steps of a part
-  int held, kept_steps;            // k-steps in registers, of a split of the first part; the others
+  int held, kept_steps;            // k-steps in registers, of each split; and all the others
   int m_padded, r_padded;          // of the partial sums
   int m_rows, r_rows;              // of weights and operand in memory
   int weight_stride, stride;       // elements from a row to the next, of weights and operand
@@ -165,7 +163,7 @@ FASTLSTM_BOTH constexpr Layout layout(const Recurrence& p, Math math, bool backw
   l.chunk_bytes = l.r_rows * l.stride * size;
   l.operand_bytes = p.chunks * l.chunk_bytes;
   l.weight_bytes = l.m_rows * (on_tensor_cores(math) ? l.kept_steps * 32 : l.weight_stride * size);
-  l.operand = p.scratch ? 0 : l.weight_bytes;
+  l.operand = l.weight_bytes;
   l.partial = l.operand + (p.local ? 2 * l.operand_bytes : l.chunk_bytes);
   l.barriers = l.partial + l.splits * l.r_padded * l.partial_stride * sum;
   l.bytes = l.barriers + 16;

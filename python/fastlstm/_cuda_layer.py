@@ -13,8 +13,10 @@ import importlib
 import importlib.util
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from copy import copy
+from functools import cached_property, lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -51,7 +53,7 @@ if ENABLED:
 
 
 _replays = Replays(most=8)
-_MOST_REPLAYED = 256 << 20  # bytes of one graph's own memory
+_MOST_REPLAYED = 64 << 20  # bytes of one graph's own memory
 _MOST_STEPS = 4096  # of one graph
 
 
@@ -141,12 +143,30 @@ class _Rows:
 
     def __init__(self, x: Tensor, batch_sizes: Sequence[int]) -> None:
         self.ragged = bool(batch_sizes)
-        self.sizes = list(batch_sizes) if batch_sizes else [x.shape[1]] * x.shape[0]
-        self.T, self.N = len(self.sizes), self.sizes[0]
-        self.first = [0]
-        for size in self.sizes:
-            self.first.append(self.first[-1] + size)
-        self.total = self.first[-1]
+        self._batch_sizes = batch_sizes
+        if batch_sizes:
+            self.T, self.N, self.total = len(batch_sizes), batch_sizes[0], x.shape[0]
+        else:
+            self.T, self.N = x.shape[:2]
+            self.total = self.T * self.N
+
+    def stretch(self, T: int) -> _Rows:
+        """Return those of so many times of a dense batch."""
+        part = copy(self)
+        part.T, part.total = T, T * self.N
+        for name in ("sizes", "first"):
+            part.__dict__.pop(name, None)
+        return part
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """How many rows each time has."""
+        return list(self._batch_sizes) if self.ragged else [self.N] * self.T
+
+    @cached_property
+    def first(self) -> list[int]:
+        """The first row of each time, and the end."""
+        return [0, *accumulate(self.sizes)]
 
     def offsets(self, x: Tensor) -> Tensor | None:
         """Return the first row of each time, and the end, on the device of x; None if dense."""
@@ -156,7 +176,16 @@ class _Rows:
             return torch.tensor(self.first, dtype=torch.int64)
         return _offsets(tuple(self.first), x.device)
 
-    def before(self, y: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
+    def recurrent_gradient(self, dz: Tensor, y: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
+        """Return dL/dW_hh, which is dz^T h_{t-1}, from dz (total, 4H), y (total, P), h0 (N, P)."""
+        if self.ragged or h0 is not None:
+            return torch.mm(dz.t(), self._before(y, h0, reverse))
+        later, earlier = slice(self.N, None), slice(self.total - self.N)
+        if reverse:
+            later, earlier = earlier, later
+        return torch.mm(dz[later].t(), y[earlier])
+
+    def _before(self, y: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
         """Return h_{t-1} of each row (total, P), from y (total, P) and h0 (N, P) or None."""
         start = y.new_zeros(self.N, y.shape[1]) if h0 is None else h0
         if not self.ragged:
@@ -191,9 +220,6 @@ def _launch(
     """Run a recurrence over all of T."""
     offsets = rows.offsets(x)
     exchange, exchanges = None, 0
-    scratch = None
-    if plan.scratch_bytes:
-        scratch = x.new_empty(plan.groups * plan.blocks * plan.scratch_bytes, dtype=torch.uint8)
     if not plan.local:
         slices = -(-rows.N // plan.rows)
         exchanges = -(-slices * len(weights) // plan.groups) * (rows.T + 1)
@@ -209,7 +235,7 @@ def _launch(
         N=rows.N,
         H=weights[0].shape[0] // 4,
         directions=len(weights),
-        threads=plan.threads,
+        threads=_cuda_plan.THREADS,
         blocks=plan.blocks,
         units=plan.units,
         rows=plan.rows,
@@ -223,19 +249,18 @@ def _launch(
         weight_reverse=_address(weights[-1]),
         exchange=_address(exchange),
         exchanges=exchanges,
-        scratch=_address(scratch),
         **{name: _address(tensor) for name, tensor in tensors.items()},
     )
 
 
 def _split(weights: list[Any], directions: int) -> list[list[Any]]:
-    """Return weight_ih, weight_hh, the sum of the biases, weight_hr (or None) of each direction."""
+    """Return weight_ih, weight_hh, both biases (or None), weight_hr (or None) of each direction."""
     per = len(weights) // directions
     found = []
     for d in range(directions):
         w_ih, w_hh, *rest = weights[d * per : (d + 1) * per]
-        bias = rest[0] + rest[1] if len(rest) >= 2 else None
-        found.append([w_ih, w_hh, bias, rest[-1] if len(rest) % 2 else None])
+        biases = rest[:2] if len(rest) >= 2 else None
+        found.append([w_ih, w_hh, biases, rest[-1] if len(rest) % 2 else None])
     return found
 
 
@@ -253,15 +278,17 @@ def run_forward(
     results = y, h_n, c_n, kept = _torch.new_results(x, weights, directions, batch_sizes, keep)
     parts = _split(weights, directions)
     H, P = parts[0][1].shape[0] // 4, parts[0][1].shape[1]
+    math, plan = _plan(x, rows.N, H, P, directions, False)
+    by_steps = plan.path == "steps"
     flat = x.reshape(rows.total, -1)
     gx = x.new_empty(directions, rows.total, 4 * H)
-    for d, (w_ih, _, bias, _) in enumerate(parts):
-        if bias is None:
+    for d, (w_ih, _, biases, _) in enumerate(parts):
+        if biases is None:
             torch.mm(flat, w_ih.t(), out=gx[d])
-        else:
+        else:  # the kernels of all of T add the second one themselves
+            bias = torch.add(*biases) if by_steps else biases[0]
             torch.addmm(bias, flat, w_ih.t(), out=gx[d])
-    math, plan = _plan(x, rows.N, H, P, directions, False)
-    if plan.path == "steps":
+    if by_steps:
         flat_y = y.view(rows.total, -1)
         for d, (_, w_hh, _, w_hr) in enumerate(parts):
             state = (None if s is None else s[d] for s in (h0, c0))
@@ -272,6 +299,8 @@ def run_forward(
     gates, cells, _ = kept
     tensors = {"gx": gx, "h0": h0, "c0": c0, "y": y, "h_n": h_n, "c_n": c_n}
     tensors |= {"gates": gates, "cells": cells}
+    if parts[0][2] is not None:
+        tensors |= {"bias": parts[0][2][1], "bias_reverse": parts[-1][2][1]}
     _launch(x, rows, plan, math, False, [part[1] for part in parts], tensors)
     return results
 
@@ -293,26 +322,87 @@ def _is_capturing(device: torch.device) -> bool:
 def _run_steps(
     rows: _Rows, math: str, H: int, inputs: Tensors, outputs: Tensors, backward: bool, d: int
 ) -> None:
-    """Run a direction step by step, or replay a CUDA graph of its steps where that pays."""
+    """Run a direction step by step, or replay CUDA graphs of its steps where that pays."""
     loop = _steps_backward if backward else _steps_forward
-
-    def work(inputs: Tensors, outputs: Tensors) -> None:
-        loop(rows, math, d, inputs, outputs)
-
-    tensors = [t for t in (*inputs, *outputs) if t is not None]
     like = outputs[0]
     assert like is not None
-    if (
-        1 < rows.T <= _MOST_STEPS
-        and sum(t.nbytes for t in tensors) <= _MOST_REPLAYED
+    if not (
+        rows.T > 1
         and _replayable(like)
         and _cuda_plan.replay_pays(rows.N, H, math, properties(_index(like)))
     ):
+        loop(rows, math, d, inputs, outputs)
+        return
+
+    def replayed(rows: _Rows, inputs: Tensors, outputs: Tensors) -> None:
+        def work(inputs: Tensors, outputs: Tensors) -> None:
+            loop(rows, math, d, inputs, outputs)
+
         alike = tuple(None if t is None else (t.shape, t.dtype) for t in (*inputs, *outputs))
         key = (backward, d, math, _where(like), tuple(rows.sizes), alike, _precision())
         _replays(key, inputs, outputs, work)
+
+    tensors = [t for t in (*inputs, *outputs) if t is not None]
+    of_rows = sum(t.nbytes for t in tensors if t.shape[0] == rows.total)
+    length = min(_MOST_STEPS, max(_MOST_REPLAYED * rows.T // of_rows, 1))  # steps of one graph
+    if rows.T <= length:
+        replayed(rows, inputs, outputs)
+    elif rows.ragged or length == 1:
+        loop(rows, math, d, inputs, outputs)
     else:
-        work(inputs, outputs)
+        _run_stretches(rows, length, replayed, inputs, outputs, backward, d)
+
+
+def _run_stretches(
+    rows: _Rows,
+    length: int,
+    run: Callable[[_Rows, Tensors, Tensors], None],
+    inputs: Tensors,
+    outputs: Tensors,
+    backward: bool,
+    d: int,
+) -> None:
+    """Run a direction of a dense batch in stretches of time, each from where the last one ended.
+
+    All of a length are alike, so that one graph does for any number of them. What is c or its
+    gradient goes on in the dtype of sums, as within a stretch.
+    """
+    if backward:
+        gates, cells, w_hh, w_hr, grad_y, c0, h, c = inputs
+        dz, h_out, c_out, dh_of_rows = outputs
+        of_time = gates, cells, grad_y, dz, dh_of_rows
+    else:
+        gx, h, c, w_hh, w_hr = inputs
+        y, h_out, c_out, gates, cells, raw = outputs
+        of_time = gx, y, gates, cells, raw
+    assert cells is not None or not backward
+    assert h_out is not None and c_out is not None
+    h = torch.zeros_like(h_out) if h is None else h
+    sums = torch.zeros_like(c_out, dtype=_sum_dtype(c_out.dtype))
+    if c is not None:
+        sums.copy_(c)
+    stretches = [(t, min(t + length, rows.T)) for t in range(0, rows.T, length)]
+    for first, end in stretches[::-1] if backward != bool(d) else stretches:
+        now = slice(first * rows.N, end * rows.N)
+        own = [None if t is None else t[now] for t in of_time]
+        states = torch.empty_like(h_out), torch.empty_like(sums)
+        part = rows.stretch(end - first)
+        if backward:
+            assert cells is not None
+            before = end if d else first - 1
+            inside = 0 <= before < rows.T
+            own_c0 = cells[before * rows.N : (before + 1) * rows.N] if inside else c0
+            if own_c0 is None:
+                own_c0 = torch.zeros_like(c_out)
+            own_gates, own_cells, own_grad, own_dz, own_dh = own
+            part_inputs = own_gates, own_cells, w_hh, w_hr, own_grad, own_c0, h, sums
+            run(part, part_inputs, (own_dz, *states, own_dh))
+        else:
+            own_gx, own_y, *kept = own
+            run(part, (own_gx, h, sums, w_hh, w_hr), (own_y, *states, *kept))
+        h, sums = states
+    h_out.copy_(h)
+    c_out.copy_(sums)
 
 
 def _precision() -> tuple[Any, ...]:
@@ -421,12 +511,12 @@ def run_backward(
         dweights.append(torch.mm(dz_t, flat) if need_ih else None)
         own_y = flat_y[:, d * P : (d + 1) * P]
         own_h0 = None if h0 is None else h0[d]
-        before = rows.before(own_y, own_h0, d == 1) if need_hh else None
-        dweights.append(None if before is None else torch.mm(dz_t, before))
+        dw_hh = rows.recurrent_gradient(dz[d], own_y, own_h0, d == 1) if need_hh else None
+        dweights.append(dw_hh)
         if len(need_rest) >= 2:
-            db = dz[d].sum(0) if any(need_rest[:2]) else None
-            dweights.append(db if need_rest[0] else None)
-            dweights.append(None if db is None or not need_rest[1] else db.clone())
+            # Both at once: a kernel less for the host to queue.
+            both = dz[d].expand(2, -1, -1).sum(1) if any(need_rest[:2]) else (None, None)
+            dweights += [db if need else None for db, need in zip(both, need_rest, strict=False)]
         if projects:
             assert dh is not None and kept[2] is not None
             raw = kept[2][d].reshape(rows.total, H)

@@ -1,14 +1,13 @@
 """How a pass runs on a CUDA device: a pure function of sizes, arithmetic and device properties.
 
-There are five paths. In the first four one launch walks over all of time, and groups of blocks,
-each block with some hidden units, compute slices of the batch. On tensor cores a part of W_hh is
-held in registers; for the rest:
+There are four paths. In the first three one launch walks over all of time, and groups of blocks,
+each block with some hidden units, compute slices of the batch. A group holds all of W_hh in shared
+memory and, on tensor cores, in registers:
 
-- ``block``: one block holds all of W_hh in its shared memory;
-- ``cluster``: up to sixteen blocks hold it, which exchange h through each other's shared memory
-  (compute capability 9 and up);
-- ``grid``: any number of blocks hold it, which exchange h through the second-level cache;
-- ``stream``: the same with W_hh read from the second-level cache in every step;
+- ``block``: a group is one block;
+- ``cluster``: up to sixteen blocks, which exchange h through each other's shared memory (compute
+  capability 9 and up);
+- ``grid``: any number of blocks, which exchange h through the second-level cache;
 - ``steps``: with projections, and where it is estimated to be faster: for each step a matrix
   product of torch and one pointwise kernel; where `replay_pays`, all steps as one CUDA graph.
 
@@ -26,23 +25,27 @@ STORAGE = {"bf16": 2, "f16": 2, "tf32": 4, "f32": 4, "f64": 8}
 SUM = {"bf16": 4, "f16": 4, "tf32": 4, "f32": 4, "f64": 8}
 _TENSOR_CORES = ("bf16", "f16", "tf32")
 
-THREADS = (256, 384)
-HELD = 16  # most k-steps of weights that a warp holds in registers
+THREADS = 256  # of a block
+HELD = 24  # most k-steps of weights that a warp holds in registers
 GROUP = 8  # of which so many are used together
 CLUSTERS = (2, 4, 8, 16)  # blocks of a cluster
 
-# Nanoseconds and rates measured on an H200 at 1.98 GHz; benchmarks/NOTES.md has the measurements.
-_BASE = {"block": 450, "cluster": 450, "grid": 550, "stream": 550, "steps": 20000}
-_MEET = {2: 430, 4: 440, 8: 450, 16: 550}  # an exchange within a cluster
-_MEET_GRID, _MEET_BLOCK = 1100, 8.5  # an exchange through flags, and for each block of the group
-_SHARED, _TO_PEERS, _L2, _L2_SHARED = 200, 33, 80, 35  # bytes per nanosecond of a multiprocessor
-_TILE = 0.82  # nanoseconds of a multiprocessor for an mma, of 16 x 8 outputs over 32 bytes of K
-_PRODUCTS = {"bf16": 900, "f16": 900, "tf32": 450, "f32": 80, "f64": 40}  # multiply-adds, likewise
-_ELEMENTS = 60  # nanoseconds of the pointwise part for one more element of each thread
-_REPLAYED = 5000  # nanoseconds of the host's step in a CUDA graph
-_MEMORY = 14  # bytes per nanosecond of a multiprocessor, from the device's memory with all others
+# What a step costs a group in nanoseconds, by `_parts`: fitted to measurements on an H200 at
+# 1.98 GHz, of which benchmarks/NOTES.md tells.
+_COSTS: dict[tuple[bool, str], tuple[float, ...]] = {
+    (False, "block"): (1880.0, 91.8, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 70.4),
+    (False, "cluster"): (1880.0, 91.8, 0.0, 0.0, 0.0, 0.868, 44.2, 0.0, 0.0, 0.0, 70.4),
+    (False, "grid"): (2360.0, 70.9, 3.55, 0.0, 7.94, 0.0, 0.0, 49.9, 3.72, 909.0, 87.3),
+    (True, "block"): (2450.0, 12.5, 3.38, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+    (True, "cluster"): (1370.0, 14.3, 6.35, 211.0, 0.0, 2.97, 59.9, 0.0, 0.0, 0.0, 24.6),
+    (True, "grid"): (1510.0, 6.84, 6.37, 486.0, 0.0, 0.0, 0.0, 0.0, 49.3, 1300.0, 79.2),
+}
+# Of the step by step path on the same device.
+_HOST, _REPLAYED = 20000, 5000  # a step queued by the host, and by a CUDA graph
+_PRODUCTS = {"bf16": 900, "f16": 900, "tf32": 450, "f32": 80, "f64": 40}  # per ns and processor
+_L2 = 35  # bytes of weights likewise
+_MEMORY = 14  # bytes from and to the device's memory likewise
 _CHUNKS = (1, 2, 4, 8)
-_CHUNK = 800  # nanoseconds of one more chunk
 
 
 class Device(NamedTuple):
@@ -64,12 +67,10 @@ class Plan(NamedTuple):
     units: int
     rows: int
     groups: int
-    threads: int
     chunks: int
     wide: bool
     shared_bytes: int
     operand_bytes: int  # of an operand in the exchange
-    scratch_bytes: int  # of the weights of a block where shared memory does not hold them
     nanoseconds: float  # estimated, for one step
     reason: str
 
@@ -79,7 +80,7 @@ class Plan(NamedTuple):
         return self.path in ("block", "cluster")
 
 
-STEPS = Plan("steps", 0, 0, 0, 0, 0, 1, False, 0, 0, 0, 0.0, "")
+STEPS = Plan("steps", 0, 0, 0, 0, 1, False, 0, 0, 0.0, "")
 
 
 class Cut(NamedTuple):
@@ -89,14 +90,15 @@ class Cut(NamedTuple):
     blocks: int
     units: int
     rows: int
-    threads: int
     chunks: int
     wide: bool
 
 
-def memory(math: str, backward: bool, H: int, cut: Cut) -> tuple[int, int, int]:
-    """Return bytes of a block's shared memory, of an operand, of weights not held: `layout()`."""
-    path, blocks, units, rows, threads, chunks, wide = cut
+def memory(
+    math: str, backward: bool, H: int, cut: Cut, threads: int = THREADS
+) -> tuple[int, int, int]:
+    """Return bytes of a block's shared memory, of an operand, of weights there: `layout()`."""
+    path, blocks, units, rows, chunks, wide = cut
     size, tensor_cores, warps = STORAGE[math], math in _TENSOR_CORES, threads // 32
     columns = blocks * _round_up(units, 16 // size) if path == "cluster" else H
     M, K = (units, 4 * columns) if backward else (4 * units, columns)
@@ -112,9 +114,8 @@ def memory(math: str, backward: bool, H: int, cut: Cut) -> tuple[int, int, int]:
     weights = m_padded * kept_steps * 32 if tensor_cores else M * (k_steps * 32 + 16)
     chunk = (r_padded if tensor_cores else rows) * (chunk_steps * 32 + 16)
     partial = splits * r_padded * (m_padded + 4) * SUM[math]
-    operands = chunk if path in ("grid", "stream") else 2 * chunk
-    shared = 0 if path == "stream" else weights
-    return shared + operands + partial + 16, chunks * chunk, weights
+    operands = chunk if path == "grid" else 2 * chunk
+    return weights + operands + partial + 16, chunks * chunk, weights
 
 
 def most_elements(math: str, wide: bool) -> int:
@@ -163,9 +164,7 @@ def plan(
     among = {"block": "one block", "cluster": f"clusters of {best.blocks} blocks"}.get(
         best.path, f"groups of {best.blocks} blocks"
     )
-    where = "in the second-level cache" if best.path == "stream" else "in shared memory"
-    if math in _TENSOR_CORES:
-        where = f"in registers and {where}"
+    where = "in registers and shared memory" if math in _TENSOR_CORES else "in shared memory"
     reason = (
         f"{best.path}: {best.groups} x {among}, each with {best.units} units of W_hh {where}, "
         f"{best.rows} batch rows at a time and {_kib(best.shared_bytes)} of shared memory (of "
@@ -189,16 +188,23 @@ def replay_pays(N: int, H: int, math: str, device: Device) -> bool:
     It does where the host takes longer to queue a step than the device to compute it and to copy
     what it reads and writes into and out of the graph's own memory, some ten rows of H units.
     """
-    host = _BASE["steps"]
-    computes = _steps_cost(N, H, math, device) - host
+    return _replayed_cost(N, H, math, device) < max(_computes(N, H, math, device), _HOST)
+
+
+def _computes(N: int, H: int, math: str, device: Device) -> float:
+    product = 4 * N * H * H / (_PRODUCTS[math] * device.multiprocessors)
+    weights = 4 * H * H * STORAGE[math] / (_L2 * device.multiprocessors)
+    return max(product, weights)
+
+
+def _replayed_cost(N: int, H: int, math: str, device: Device) -> float:
     copies = 2 * 10 * N * H * STORAGE[math] / (_MEMORY * device.multiprocessors)
-    return max(computes, _REPLAYED) + copies < max(computes, host)
+    return _REPLAYED + _computes(N, H, math, device) + copies
 
 
 def _steps_cost(N: int, H: int, math: str, device: Device) -> float:
-    product = 4 * N * H * H / (_PRODUCTS[math] * device.multiprocessors)
-    weights = 4 * H * H * STORAGE[math] / (_L2_SHARED * device.multiprocessors)
-    return _BASE["steps"] + max(product, weights)
+    by_host = max(_computes(N, H, math, device), _HOST)
+    return min(_replayed_cost(N, H, math, device), by_host)
 
 
 def _candidates(
@@ -209,75 +215,65 @@ def _candidates(
     tiles = (8, 16, 32, 64, 128) if tensor_cores else (1, 2, 4, 8, 16, 32, 64, 128)
     for units in sorted({-(-H // b) for b in range(1, min(H, device.multiprocessors) + 1)}):
         blocks = -(-H // units)
-        for path in ("block",) if blocks == 1 else ("cluster", "grid", "stream"):
+        if units > THREADS:
+            continue
+        for path in ("block",) if blocks == 1 else ("cluster", "grid"):
             most = device.multiprocessors // (blocks * directions)
             if path == "cluster":
                 if blocks not in CLUSTERS or not device.clusters[CLUSTERS.index(blocks)]:
                     continue
                 most = device.clusters[CLUSTERS.index(blocks)] // directions
-            elif path != "block" and (not device.cooperative or most < 1):
+            elif path == "grid" and (not device.cooperative or most < 1):
                 continue
-            if path == "stream":
-                most = 1  # more groups would read more weights
-            for threads in THREADS:
-                if units > threads:
-                    continue
-                for tall in tiles:
-                    slices = -(-N // tall)
-                    rows = -(-N // slices)
-                    elements = -(-rows // (threads // units))
-                    m_tiles = -(-(1 if backward else 4) * units // 16)
-                    wide = tensor_cores and (elements > 2 or m_tiles > threads // 32)
-                    if elements > most_elements(math, wide):
+            for tall in tiles:
+                slices = -(-N // tall)
+                rows = -(-N // slices)
+                elements = -(-rows // (THREADS // units))
+                m_tiles = -(-(1 if backward else 4) * units // 16)
+                wide = tensor_cores and (elements > 2 or m_tiles > THREADS // 32)
+                if elements > most_elements(math, wide):
+                    break
+                for chunks in _CHUNKS if path == "grid" else (1,):
+                    cut = Cut(path, blocks, units, rows, chunks, wide)
+                    taken, operand, _ = memory(math, backward, H, cut)
+                    if taken <= device.shared_bytes:
                         break
-                    for chunks in (1,) if path in ("block", "cluster") else _CHUNKS:
-                        cut = Cut(path, blocks, units, rows, threads, chunks, wide)
-                        taken, operand, weights = memory(math, backward, H, cut)
-                        if taken <= device.shared_bytes:
-                            break
-                    else:
-                        break
-                    groups = min(slices, max(most, 1))
-                    busy = blocks * groups * directions / device.multiprocessors
-                    cost = _cost(cut, H, math, backward, operand, weights, busy)
-                    cost *= -(-slices // groups)  # slices that a group computes in turn
-                    yield Plan(
-                        path,
-                        blocks,
-                        units,
-                        rows,
-                        groups * directions,
-                        threads,
-                        chunks,
-                        wide,
-                        taken,
-                        operand,
-                        weights if path == "stream" else 0,
-                        cost,
-                        "",
-                    )
-                    if slices == 1:
-                        break
+                else:
+                    break
+                groups = min(slices, max(most, 1)) * directions
+                parts = _parts(cut, groups, H, math, backward, device)
+                costs = _COSTS[tensor_cores, path]
+                cost = sum(part * cost for part, cost in zip(parts, costs, strict=True))
+                cost *= -(-slices * directions // groups)  # slices that a group computes in turn
+                yield Plan(
+                    path, blocks, units, rows, groups, chunks, wide, taken, operand, cost, ""
+                )
+                if slices == 1:
+                    break
 
 
-def _cost(
-    cut: Cut, H: int, math: str, backward: bool, operand: int, weights: int, busy: float
-) -> float:
-    path, blocks, units, rows, threads, chunks, wide = cut
-    M, K = (units, 4 * H) if backward else (4 * units, H)
-    m_padded, r_padded = _round_up(M, 16), _round_up(rows, 8)
-    if math in _TENSOR_CORES:
-        product = m_padded * r_padded * K * STORAGE[math] / (16 * 8 * 32) * _TILE
-    else:
-        product = m_padded * r_padded * K / _PRODUCTS[math]
-    weights *= -(-r_padded // (32 if wide else 16))  # times that they are read
-    per_byte = max(1 / _L2, busy / _L2_SHARED)  # from the second-level cache
-    reads = weights * per_byte if path == "stream" else weights / _SHARED
-    if path in ("grid", "stream"):
-        exchange = _MEET_GRID + _MEET_BLOCK * blocks + operand * per_byte + _CHUNK * (chunks - 1)
-    elif path == "cluster":
-        exchange = _MEET[blocks] + operand / _TO_PEERS
-    else:
-        exchange = 0
-    elements = -(-rows // (threads // units))
-    return _BASE[path] + max(product, reads) + exchange + _ELEMENTS * (elements - 1)
+def _parts(
+    cut: Cut, groups: int, H: int, math: str, backward: bool, device: Device
+) -> tuple[float, ...]:
+    """Return what a step of a slice is made of; `_COSTS` has a price for each part."""
+    path, blocks, units, rows, chunks, wide = cut
+    size, warps = STORAGE[math], THREADS // 32
+    m_tiles, n_tiles = -(-(1 if backward else 4) * units // 16), -(-rows // 8)
+    splits = max(warps // m_tiles, 1)
+    k_steps = -(-(4 if backward else 1) * H * size // 32)
+    _, operand, weights = memory(math, backward, H, cut)
+    peers = blocks - 1 if path == "cluster" else 0
+    return (
+        1,
+        -(-m_tiles // warps) * n_tiles * -(-k_steps // splits),  # mma of a warp
+        weights * -(-n_tiles // (4 if wide else 2)) / 1024,  # bytes from shared memory
+        -(-rows // (THREADS // units)) * (1 + backward),  # elements of a thread
+        splits,
+        peers,
+        rows * units * (4 if backward else 1) * size * peers / 1024,  # bytes that a block sends
+        operand / 1024 if path == "grid" else 0,  # bytes that it fetches
+        operand / 1024 * blocks * groups / device.multiprocessors if path == "grid" else 0,
+        chunks - 1,
+        # bytes from and to the device's memory, of all blocks
+        rows * units * 11 * size * blocks * groups / device.multiprocessors / 1024,
+    )

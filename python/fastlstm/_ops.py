@@ -148,7 +148,12 @@ def layer_backward(
         (grad_y, grad_h, grad_c),
         tuple(needed),
     )
-    return [grad for grad in found if grad is not None]
+    # An operator gives away no part of a memory that another of its results has a part of.
+    return [
+        grad if grad.nbytes == grad.untyped_storage().nbytes() else grad.clone()
+        for grad in found
+        if grad is not None
+    ]
 
 
 @layer_backward.register_fake
