@@ -71,10 +71,12 @@ def emulated(module, monkeypatch):
             if path == "steps" or H != P:
                 return math, _cuda_plan.STEPS
             units = -(-H // blocks)
-            cut = _cuda_plan.Cut(path, -(-H // units), units, rows, chunks, wide)
+            tiles = -(-(1 if backward else 4) * units // 16)
+            own_wide = wide or tiles > threads // 32
+            cut = _cuda_plan.Cut(path, -(-H // units), units, rows, chunks, own_wide)
             taken, operand, _ = _cuda_plan.memory(math, backward, H, cut, threads)
             groups = per_direction * directions
-            sizes = units, rows, groups, chunks, wide, taken, operand
+            sizes = units, rows, groups, chunks, own_wide, taken, operand
             return math, _cuda_plan.Plan(path, cut.blocks, *sizes, 0, "")
 
         monkeypatch.setattr(_cuda_layer, "_plan", plan)
@@ -442,7 +444,7 @@ def test_what_the_module_refuses(module):
     )
     fits |= dict(total=1, weight=8, gx=8, y=8, h_n=8, c_n=8)
     for wrong, words in (
-        ({"T": 0}, "T, N, H, total: expected at least 1"),
+        ({"T": 0}, "T, N, H, total, chunks: expected at least 1"),
         ({"directions": 3}, "directions: expected 1 or 2"),
         ({"threads": 48}, "threads: expected a multiple of 32"),
         ({"blocks": 2}, "blocks, units: expected just enough blocks"),

@@ -32,7 +32,8 @@ void expect(bool holds, const char* what) {
 }
 
 void check(const Recurrence& p, Math math, bool backward) {
-  expect(p.T > 0 && p.N > 0 && p.H > 0 && p.total > 0, "T, N, H, total: expected at least 1");
+  expect(p.T > 0 && p.N > 0 && p.H > 0 && p.total > 0 && p.chunks > 0,
+         "T, N, H, total, chunks: expected at least 1");
   expect(p.directions == 1 || p.directions == 2, "directions: expected 1 or 2");
   expect(p.threads >= kWarp && p.threads <= kMaxThreads && p.threads % kWarp == 0,
          "threads: expected a multiple of 32 up to 256");
@@ -42,8 +43,10 @@ void check(const Recurrence& p, Math math, bool backward) {
   expect(p.units <= p.threads, "units: expected no more than threads");
   expect(p.rows > 0 && p.rows <= most_elements(math, p.wide) * rows_of_a_pass(p),
          "rows: expected no more elements than a thread can own");
+  expect(p.wide || !on_tensor_cores(math) || layout(p, math, backward).m_tiles <= p.threads / kWarp,
+         "wide: expected 1 where a warp has several tiles of units");
   expect(p.groups > 0 && p.groups % p.directions == 0, "groups: expected a multiple of directions");
-  expect(p.chunks > 0 && (p.chunks == 1 || !p.local), "chunks: expected 1 with local");
+  expect((p.chunks == 1 || !p.local), "chunks: expected 1 with local");
   expect(!p.local || p.blocks <= 16, "blocks: expected at most 16 with local");
   expect(p.local || p.exchange, "exchange: expected memory");
   const int per_direction = p.groups / p.directions, slices = (p.N + p.rows - 1) / p.rows;

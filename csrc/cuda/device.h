@@ -235,15 +235,18 @@ FASTLSTM_DEVICE void mma(float (&c)[4], const Vec16& a, uint32_t b0, uint32_t b1
 #undef FASTLSTM_MMA
 
 // The B fragments of two k-steps, by a whole warp: of eight rows `stride` bytes apart, 64 bytes
-// each.
-FASTLSTM_DEVICE void load_b(uint32_t (&b)[4], const char* first, int stride) {
-  const int lane = int(threadIdx.x) % kWarp;
-  const uint32_t at = uint32_t(__cvta_generic_to_shared(first)) + lane % 8 * stride + lane / 8 * 16;
+// each. A lane gives the place of quarter lane / 8 of row lane % 8.
+FASTLSTM_DEVICE void load_b(uint32_t (&b)[4], const char* place, [[maybe_unused]] int stride) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
-               : "r"(at)
+               : "r"(shared_address(place))
                : "memory");
 }
+
+// Keeps a value in a register, where the compiler would sooner compute it again at each use; and
+// what depends on it is not computed before this.
+FASTLSTM_DEVICE void pin(int& v) { asm volatile("" : "+r"(v)); }
+FASTLSTM_DEVICE void pin(int64_t& v) { asm volatile("" : "+l"(v)); }
 
 }  // namespace
 }  // namespace fastlstm::cuda

@@ -292,12 +292,17 @@ FASTLSTM_UNSEEN inline void mma(float (&c)[4], const Vec16& a, uint32_t b0, uint
   }
 }
 
-// The B fragments of two k-steps: of eight rows `stride` bytes apart, 64 bytes each.
-inline void load_b(uint32_t (&b)[4], const char* first, int stride) {
+// The B fragments of two k-steps: of eight rows `stride` bytes apart, 64 bytes each. A lane gives
+// the place of quarter lane / 8 of row lane % 8.
+inline void load_b(uint32_t (&b)[4], const char* place, int stride) {
   const int lane = thread_index() % kWarp;
+  const char* const first = place - lane % 8 * stride - lane / 8 * 16;
   for (int i = 0; i < 4; ++i)
     std::memcpy(&b[i], first + lane / 4 * stride + i * 16 + lane % 4 * 4, 4);
 }
+
+inline void pin(int&) {}
+inline void pin(int64_t&) {}
 
 FASTLSTM_UNSEEN inline void fiber_main() {
   launch->kernel(launch->params);

@@ -153,11 +153,20 @@ struct Block {
   int u, n_first, n_step;  // this thread's unit, the first of its rows, and on to the next
   int m_first, split;      // of this warp's part of the product
   Range kept;              // and its k-steps whose weights no register holds, in the first chunk
-  int published[kParts];   // where this thread's first element stands in an operand
-  // What a thread fetches: 16 bytes from each of its places, which follow by so many.
+  // Bytes from the start of shared memory: to what a lane reads of an operand's first tile, and
+  // from there to the first k-step that is held; to the weights of the first that is not; to its
+  // sums; and from the sums of a row to the next.
+  int b_at = 0, b_held = 0, a_at = 0, out_at, out_row;
+  int splits;
+  int in_at, in_step, in_split;  // bytes: where the sums of an element begin; to the next element's
+  int published[kParts];         // where this thread's first element stands in an operand
+  int publish_step;              // and on to its next element
+  // Of a thread that fetches: 16 bytes from each of its places, which follow by so many.
   int fetch_at, fetch_column, fetch_step, fetch_columns;
-  // What a thread sends: 16 bytes from each of its places, to every `sides`-th peer.
-  int send_places = 0, send_first = 0, send_width = 1, send_side = 0, send_sides = 1;
+  char* exchange;   // in global memory, what will be published next
+  int padding = 0;  // elements after this thread's, up to a multiple of 16 bytes
+  // Of a thread that sends: 16 bytes from each of its places, to every `sides`-th peer.
+  int send_places = 0, send_first = 0, send_at = 0, send_width = 1, send_side = 0, send_sides = 1;
   Vec16 held[kRegisters ? kRegisters : 1];
 
   FASTLSTM_DEVICE explicit Block(const Task& task)
@@ -179,18 +188,38 @@ struct Block {
     split = warp / l.m_tiles;
     kept = kept_in(0);
     if (split >= l.splits) m_first = l.m_tiles;  // has no part
+    const int lane = thread % kWarp;
+    if constexpr (kTensorCores) {
+      b_at = l.operand + lane % 8 * l.stride * int(sizeof(Storage)) + lane / 8 * 16;
+      b_held = split * l.held * 32;
+      a_at = ((m_first * l.kept_steps + kept.first - l.held * l.splits) * kWarp + lane) * 16;
+    }
+    out_row = l.partial_stride * int(sizeof(Sum));
+    out_at = l.partial + (split * l.r_padded + lane % 4 * 2) * out_row +
+             (m_first * 16 + lane / 4) * int(sizeof(Sum));
+    in_at = l.partial + n_first * out_row + u * kSums * int(sizeof(Sum));
+    in_step = n_step * out_row;
+    in_split = l.r_padded * out_row;
+    splits = l.splits;
+    publish_step = n_step * l.stride;
     FASTLSTM_UNROLL
     for (int part = 0; part < kParts; ++part) {
       const int k = part * (l.K / kParts) + rank * l.unit_stride + u;
       const int k_chunk = l.chunk_steps * 32 / int(sizeof(Storage)), chunk = k / k_chunk;
       published[part] = (chunk * l.r_rows + n_first) * l.stride + k - chunk * k_chunk;
+      pin(published[part]);
     }
+    exchange = static_cast<char*>(p.exchange) + int64_t(group) * p.exchanges * l.operand_bytes;
+    for (int* value : {&b_at, &b_held, &a_at, &out_at, &out_row, &in_at, &in_step, &in_split,
+                       &publish_step, &splits, &kept.first, &kept.end})
+      pin(*value);
     if constexpr (kGrid) {
       const int columns = l.chunk_steps * 2, n = thread / columns, more = p.threads / columns;
       fetch_column = thread - n * columns;
       fetch_at = n * (l.stride / kPer16) + fetch_column;
       fetch_columns = p.threads - more * columns;
       fetch_step = more * (l.stride / kPer16) + fetch_columns;
+      if (unit0 + u == p.H - 1) padding = round_up(l.K, kPer16) - l.K;
     }
     if (n_first >= n_step || u >= units) n_first = p.N;  // owns nothing
   }
@@ -393,20 +422,16 @@ struct Block {
   FASTLSTM_DEVICE Storage* operand(int which) const {
     return reinterpret_cast<Storage*>(shared + l.operand + which * l.operand_bytes);
   }
-  // Exchange `number` of this group, in global memory.
-  FASTLSTM_DEVICE Storage* exchanged(int number) const {
-    return static_cast<Storage*>(p.exchange) +
-           (int64_t(group) * p.exchanges + number) * (l.operand_bytes / int(sizeof(Storage)));
-  }
-
   // Writes a part of this thread's element e of the next operand, for all blocks of the group; in a
   // cluster arrive() sends it to the others.
   FASTLSTM_DEVICE void publish(int e, int part, Sum value) {
-    const int at = published[part] + e * n_step * l.stride;
+    const int at = published[part] + e * publish_step;
     if constexpr (kGrid) {
+      Storage* const to = reinterpret_cast<Storage*>(exchange) + at;
       // A NaN that comes from outside may have all bits set.
-      store_relaxed(exchanged(tick) + at,
-                    for_product<kMath>(to_storage<Storage>(value == value ? value : Sum(NAN))));
+      store_relaxed(to, for_product<kMath>(to_storage<Storage>(value == value ? value : Sum(NAN))));
+      if (part == kParts - 1)
+        for (int i = 1; i <= padding; ++i) store_relaxed(to + i, Storage{});
     } else {
       operand(slot ^ 1)[at] = for_product<kMath>(to_storage<Storage>(value));
     }
@@ -414,6 +439,7 @@ struct Block {
   // After all publishing; what stands between arrive and wait does not delay the others.
   FASTLSTM_DEVICE void arrive() {
     ++tick;
+    if constexpr (kGrid) exchange += l.operand_bytes;
     if (!in_cluster()) return;
     sync_block();
     send();
@@ -426,6 +452,13 @@ struct Block {
     send_side = thread / send_width;
     send_sides = p.threads / send_width;
     send_first = send_side < send_sides ? thread % send_width : send_places;
+    send_at = sent(at_most(send_first, send_places - 1));
+    pin(send_at);
+  }
+  // Where a place stands in an operand, in units of 16 bytes.
+  FASTLSTM_DEVICE int sent(int place) const {
+    const int part_of = place / of_part(), n = part_of / kParts, part = part_of % kParts;
+    return n * (l.stride / kPer16) + (part * p.blocks + rank) * of_part() + place % of_part();
   }
   FASTLSTM_DEVICE int of_part() const {
     return l.unit_stride * int(sizeof(Storage)) / 16;  // places of a part of a row
@@ -436,12 +469,8 @@ struct Block {
     const int peers = p.blocks - 1;
     if (thread == 0) barrier_expect(counter, peers * send_places * 16);
     Vec16* const to = reinterpret_cast<Vec16*>(operand(slot ^ 1));
-    const Divider by_part(of_part());
     for (int place = send_first; place < send_places; place += send_width) {
-      const int part_of = by_part(place), in_part = place - part_of * of_part();
-      const int n = part_of / kParts, part = part_of % kParts;
-      Vec16* const at =
-          to + n * (l.stride / kPer16) + (part * p.blocks + rank) * of_part() + in_part;
+      Vec16* const at = to + (place == send_first ? send_at : sent(place));
       const Vec16 value = *at;
       for (int i = send_side; i < peers; i += send_sides) {
         const int peer = rank + 1 + i;
@@ -464,20 +493,23 @@ struct Block {
     const int chunks = kGrid ? p.chunks : 1;
     for (int chunk = 0; chunk < chunks; ++chunk) {
       if constexpr (kGrid) fetch(chunk);
-      const Storage* const from = operand(kGrid ? 0 : slot);
-      for (int m = m_first; m < l.m_tiles; m += p.threads / kWarp) {
+      const int from = kGrid ? 0 : slot * l.operand_bytes, warps = p.threads / kWarp;
+      for (int m = m_first; m < l.m_tiles; m += warps) {
+        // Registers hold weights only where no warp has a second tile.
+        const int more = kRegisters > 0 ? 0 : m - m_first;
         for (int n = 0; n < l.n_tiles;) {
           if (kMostTiles == 4 && l.n_tiles - n >= 4) {
-            tiles<kMostTiles>(from, chunk, m, n);
+            tiles<kMostTiles>(from, chunk, more, n);
             n += kMostTiles;
           } else if (l.n_tiles - n >= 2) {
-            tiles<2>(from, chunk, m, n);
+            tiles<2>(from, chunk, more, n);
             n += 2;
           } else {
-            tiles<1>(from, chunk, m, n);
+            tiles<1>(from, chunk, more, n);
             n += 1;
           }
         }
+        if constexpr (kRegisters > 0) break;
       }
       sync_block();
     }
@@ -491,7 +523,7 @@ struct Block {
     while (left > 0) {
       if (left <= 2 * p.threads)
         fetch_some<2>(chunk, left, column, at);
-      else if (left <= 4 * p.threads)
+      else if (kWide || left <= 4 * p.threads)
         fetch_some<4>(chunk, left, column, at);
       else
         fetch_some<8>(chunk, left, column, at);
@@ -502,16 +534,17 @@ struct Block {
   template <int kCount>
   FASTLSTM_DEVICE void fetch_some(int chunk, int& left, int& column, int& at) {
     const Vec16* const from =
-        reinterpret_cast<const Vec16*>(exchanged(tick - 1)) + chunk * (l.chunk_bytes / 16);
+        reinterpret_cast<const Vec16*>(exchange - l.operand_bytes + chunk * l.chunk_bytes);
     Vec16* const to = reinterpret_cast<Vec16*>(operand(0));
-    const int per_row = l.chunk_steps * 2, in_row = l.K - chunk * per_row * kPer16;
+    const int per_row = l.chunk_steps * 2;
+    const int columns = (l.K + kPer16 - 1) / kPer16 - chunk * per_row;  // more are never written
     Vec16 values[kCount];
-    int places[kCount], counts[kCount];  // of 16 bytes, and elements there, 0 once they have come
+    int places[kCount];
+    uint32_t waits = 0;  // a bit for each
     FASTLSTM_UNROLL
     for (int j = 0; j < kCount; ++j) {
       places[j] = at;
-      const int count = in_row - column * kPer16;
-      counts[j] = thread + j * p.threads < left && count > 0 ? at_most(count, kPer16) : 0;
+      if (thread + j * p.threads < left && column < columns) waits |= 1u << j;
       at += fetch_step;
       column += fetch_columns;
       if (column >= per_row) {
@@ -520,33 +553,22 @@ struct Block {
       }
     }
     left -= kCount * p.threads;
-    for (bool waits = true; waits;) {
+    while (waits) {
       FASTLSTM_UNROLL
       for (int j = 0; j < kCount; ++j)
-        if (counts[j]) values[j] = load_relaxed<Storage>(from + places[j]);
-      waits = false;
+        if (waits >> j & 1) values[j] = load_relaxed<Storage>(from + places[j]);
       FASTLSTM_UNROLL
       for (int j = 0; j < kCount; ++j) {
-        if (!counts[j]) continue;
-        if (has_come(values[j], counts[j])) {
-          to[places[j]] = values[j];
-          counts[j] = 0;
-        } else {
-          waits = true;
-        }
+        if (!(waits >> j & 1)) continue;
+        if (!has_come(values[j])) continue;
+        to[places[j]] = values[j];
+        waits &= ~(1u << j);
       }
     }
   }
-  // Whether the first elements of 16 bytes are there; makes zeros of the others.
-  FASTLSTM_DEVICE static bool has_come(Vec16& v, int count) {
+  // Whether all elements of 16 bytes are there.
+  FASTLSTM_DEVICE static bool has_come(const Vec16& v) {
     constexpr int kBytes = int(sizeof(Storage));
-    if (count < kPer16) {
-      FASTLSTM_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const int bits = (count * kBytes - 4 * i) * 8;  // of this word
-        v.words[i] &= bits >= 32 ? ~0u : bits <= 0 ? 0u : (1u << bits) - 1;
-      }
-    }
     bool come = true;
     FASTLSTM_UNROLL
     for (int i = 0; i < 4; i += kBytes == 8 ? 2 : 1) {
@@ -558,20 +580,16 @@ struct Block {
     }
     return come;
   }
-  FASTLSTM_DEVICE Sum* partial(int split, int n, int m) const {
-    return reinterpret_cast<Sum*>(shared + l.partial) +
-           (split * l.r_padded + n) * l.partial_stride + m;
-  }
   // The outputs of a unit and a row.
   struct alignas(kSums * sizeof(Sum) > 16 ? 16 : kSums * sizeof(Sum)) Sums {
     Sum of[kSums];
   };
   FASTLSTM_DEVICE Sums product_at(int e) const {
-    const Sum* from = partial(0, row(e), u * kSums);
+    const char* from = shared + in_at + e * in_step;
     Sums sums = *reinterpret_cast<const Sums*>(from);
     FASTLSTM_UNROLL_2
-    for (int split = 1; split < l.splits; ++split) {
-      from += l.r_padded * l.partial_stride;
+    for (int split = 1; split < splits; ++split) {
+      from += in_split;
       const Sums more = *reinterpret_cast<const Sums*>(from);
       FASTLSTM_UNROLL
       for (int k = 0; k < kSums; ++k) sums.of[k] += more.of[k];
@@ -579,29 +597,29 @@ struct Block {
     return sums;
   }
 
-  // One warp: the tile of rows m by the kTiles tiles of columns from n on, over the k-steps of its
-  // split. Tensor cores take long for one mma, so four are under way at once: where there are fewer
-  // tiles, several chains over k.
-  // A lane has the outputs (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1) of each tile, where
-  // its index is 4 * g + q, as mma has it. It adds to its own partial sums of the chunks before.
+  // One warp: the tile of rows m_first + more by the kTiles tiles of columns from n on, over the
+  // k-steps of its split, with the operand `from` bytes after the first. Tensor cores take long for
+  // one mma, so four are under way at once: where there are fewer tiles, several chains over k. A
+  // lane has the outputs (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1) of each tile, where its
+  // index is 4 * g + q, as mma has it. It adds to its own partial sums of the chunks before.
   template <int kTiles>
-  FASTLSTM_DEVICE void tiles(const Storage* from, int chunk, int m, int n) const {
+  FASTLSTM_DEVICE void tiles(int from, int chunk, int more, int n) const {
     constexpr int kChains = kTensorCores ? 4 / kTiles : 1;
     Sum sums[kChains][kTiles][4] = {};
-    const int lane = thread % kWarp, g = lane / 4, q = lane % 4;
     const Range range = chunk ? kept_in(chunk) : kept;
     if constexpr (kTensorCores) {
       const int row_bytes = l.stride * int(sizeof(Storage));
-      const char* const rows = reinterpret_cast<const char*>(from) + n * 8 * row_bytes;
-      // So many k-steps from k on of this part of the operand; all loads come before the products.
-      const auto add = [&](auto steps, const Vec16* a, int k) {
+      const char* const rows = shared + b_at + from + n * 8 * row_bytes;
+      // So many k-steps, `at` bytes into this part of the operand; all loads come before the
+      // products.
+      const auto add = [&](auto steps, const Vec16* a, int at) {
         constexpr int kSteps = decltype(steps)::value;
         uint32_t b[kSteps / 2][kTiles][4];
         FASTLSTM_UNROLL
         for (int i = 0; i < kSteps / 2; ++i) {
           FASTLSTM_UNROLL
           for (int j = 0; j < kTiles; ++j)
-            load_b(b[i][j], rows + j * 8 * row_bytes + (k + 2 * i) * 32, row_bytes);
+            load_b(b[i][j], rows + at + j * 8 * row_bytes + i * 64, row_bytes);
         }
         FASTLSTM_UNROLL
         for (int i = 0; i < kSteps; ++i) {
@@ -615,10 +633,11 @@ struct Block {
         if (chunk == 0) {
           FASTLSTM_UNROLL
           for (int i = 0; i < kRegisters; i += kGroup)
-            if (i < l.held) add(Steps<kGroup>(), held + i, split * l.held + i);
+            if (i < l.held) add(Steps<kGroup>(), held + i, b_held + i * 32);
         }
       }
-      const Vec16* weights = fragment(m, range.first - l.held * l.splits, l.kept_steps);
+      const Vec16* weights = reinterpret_cast<const Vec16*>(shared + a_at) +
+                             (more * l.kept_steps + range.first - kept.first) * kWarp;
       int k = range.first - chunk * l.chunk_steps;
       const int end = range.end - chunk * l.chunk_steps;
       const auto add_kept = [&](auto steps) {
@@ -626,7 +645,7 @@ struct Block {
         Vec16 a[kSteps];
         FASTLSTM_UNROLL
         for (int i = 0; i < kSteps; ++i) a[i] = weights[i * kWarp];
-        add(steps, a, k);
+        add(steps, a, k * 32);
         weights += kSteps * kWarp;
         k += kSteps;
       };
@@ -634,10 +653,10 @@ struct Block {
       if (k < end) add_kept(Steps<2>());
     } else {
       for (int k = range.first; k < range.end; ++k)
-        multiply(sums[0], from, m, n, k, k - chunk * l.chunk_steps);
+        multiply(sums[0], from, m_first + more, n, k, k - chunk * l.chunk_steps);
     }
 
-    Sum* const out = partial(split, n * 8 + 2 * q, m * 16 + g);
+    char* const out = shared + out_at + n * 8 * out_row + more * 16 * int(sizeof(Sum));
     FASTLSTM_UNROLL
     for (int j = 0; j < kTiles; ++j) {
       FASTLSTM_UNROLL
@@ -645,7 +664,7 @@ struct Block {
         Sum sum = sums[0][j][e];
         FASTLSTM_UNROLL
         for (int chain = 1; chain < kChains; ++chain) sum += sums[chain][j][e];
-        Sum& at = out[(j * 8 + e % 2) * l.partial_stride + e / 2 * 8];
+        Sum& at = reinterpret_cast<Sum*>(out + (j * 8 + e % 2) * out_row)[e / 2 * 8];
         at = chunk ? at + sum : sum;
       }
     }
@@ -653,9 +672,10 @@ struct Block {
 
   // Without tensor cores: adds k-step k of the weights, which is `step` of the part of the operand.
   template <int kTiles>
-  FASTLSTM_DEVICE void multiply(Sum (&sums)[kTiles][4], const Storage* from, int m, int n, int k,
+  FASTLSTM_DEVICE void multiply(Sum (&sums)[kTiles][4], int from, int m, int n, int k,
                                 int step) const {
     const Vec16* const weights = reinterpret_cast<const Vec16*>(shared);
+    const Storage* const rows = reinterpret_cast<const Storage*>(shared + l.operand + from);
     const int lane = thread % kWarp, g = lane / 4, q = lane % 4;
     // Rows beyond the last are the last once more; nobody reads their sums.
     const int row16 = l.weight_stride / kPer16;
@@ -669,8 +689,8 @@ struct Block {
       FASTLSTM_UNROLL
       for (int j = 0; j < kTiles; ++j) {
         const int column = (n + j) * 8 + 2 * q;
-        unpack(b0, load16(from + at_most(column, l.r_rows - 1) * l.stride + at));
-        unpack(b1, load16(from + at_most(column + 1, l.r_rows - 1) * l.stride + at));
+        unpack(b0, load16(rows + at_most(column, l.r_rows - 1) * l.stride + at));
+        unpack(b1, load16(rows + at_most(column + 1, l.r_rows - 1) * l.stride + at));
         FASTLSTM_UNROLL
         for (int i = 0; i < kPer16; ++i) {
           sums[j][0] = fused(a0[i], b0[i], sums[j][0]);
@@ -749,14 +769,20 @@ FASTLSTM_DEVICE void recurrence_forward(const Task& task) {
 
     for (int s = 0; s < p.T; ++s) {
       b.product();
-      const int64_t kept = (d * p.total + now.row) * H + unit;
-      const auto y = moved<Storage>(p.y, (now.row * p.directions + d) * H + unit);
-      // What leaves is written while the group meets; many elements would take too many registers.
+      // What leaves is written while the group meets, and its place is not found before that. But
+      // many elements would take too many registers.
+      Storage *y, *cells, *gates;
+      const auto find = [&](int64_t row) {
+        const int64_t kept = (d * p.total + row) * H;
+        y = moved<Storage>(p.y, (row * p.directions + d) * H + unit);
+        cells = moved<Storage>(p.cells, kept + unit);
+        gates = moved<Storage>(p.gates, 4 * kept + unit);
+      };
+      if (kWide) find(now.row);
       const auto store = [&](int n, const Sum(&z)[4], Sum h, Sum c) {
         y[n * p.directions * H] = to_storage<Storage>(h);
-        if (!p.gates) return;
-        moved<Storage>(p.cells, kept)[n * H] = to_storage<Storage>(c);
-        const auto gates = moved<Storage>(p.gates, 4 * (kept - unit) + unit);
+        if (!gates) return;
+        cells[n * H] = to_storage<Storage>(c);
         FASTLSTM_UNROLL
         for (int k = 0; k < 4; ++k) gates[(4 * n + k) * H] = to_storage<Storage>(z[k]);
       };
@@ -779,6 +805,8 @@ FASTLSTM_DEVICE void recurrence_forward(const Task& task) {
       const Time next = time(s + 1);
       load(next);
       if (!kWide) {
+        pin(now.row);
+        find(now.row);
         FASTLSTM_UNROLL
         for (int e = 0; e < kOwned; ++e)
           if (b.row(e) < now.active) store(b.row(e), z[kWide ? 0 : e], h[e], c[e]);
@@ -838,10 +866,7 @@ FASTLSTM_DEVICE void recurrence_backward(const Task& task) {
         for (int k = 0; k < 4; ++k) gates[e][k] = z[(4 * n + k) * H];
         c[e] = cells[n * H];
         // Every address is one of memory, whichever of them a compiler may load from early.
-        const bool is_inside = n < before.active;
-        const auto from = is_inside ? cells_before : c0 ? c0 : cells;
-        const Storage loaded = from[n * H];
-        c_before[e] = is_inside || c0 ? loaded : Storage{};
+        c_before[e] = (n < before.active ? cells_before : c0 ? c0 : cells)[n * H];
         grad[e] = grad_y ? grad_y[n * p.directions * H] : Storage{};
       }
     };
@@ -863,7 +888,11 @@ FASTLSTM_DEVICE void recurrence_backward(const Task& task) {
     for (int s = 0;; ++s) {
       b.product();
       if (s == p.T) break;
-      const auto dz = moved<Storage>(p.dz, (d * p.total + now.row) * 4 * H + unit);
+      Storage* dz;
+      const auto find = [&](int64_t row) {
+        dz = moved<Storage>(p.dz, (d * p.total + row) * 4 * H + unit);
+      };
+      if (kWide) find(now.row);
       const auto store = [&](int n, const Sum(&own)[4]) {
         FASTLSTM_UNROLL
         for (int k = 0; k < 4; ++k) dz[(4 * n + k) * H] = to_storage<Storage>(own[k]);
@@ -879,8 +908,9 @@ FASTLSTM_DEVICE void recurrence_backward(const Task& task) {
         FASTLSTM_UNROLL
         for (int k = 0; k < 4; ++k) own[k] = takes_part ? to_sum(gates[e][k]) : Sum(0);
         if (takes_part) {
-          cell_backward<kMath>(own, to_sum(c[e]), to_sum(c_before[e]), reaches + to_sum(grad[e]),
-                               dc[e]);
+          const bool from_zero = n >= before.active && !p.c0;
+          cell_backward<kMath>(own, to_sum(c[e]), from_zero ? Sum(0) : to_sum(c_before[e]),
+                               reaches + to_sum(grad[e]), dc[e]);
           if (kWide) store(n, own);
         }
         dh[e] = takes_part ? Sum(0) : reaches;
@@ -891,6 +921,8 @@ FASTLSTM_DEVICE void recurrence_backward(const Task& task) {
       const Time after = time(s + 2);
       load(before, after);
       if (!kWide) {
+        pin(now.row);
+        find(now.row);
         FASTLSTM_UNROLL
         for (int e = 0; e < kOwned; ++e)
           if (b.row(e) < now.active) store(b.row(e), z[kWide ? 0 : e]);
