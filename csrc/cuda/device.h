@@ -247,6 +247,10 @@ FASTLSTM_DEVICE void load_b(uint32_t (&b)[4], const char* place, [[maybe_unused]
 // what depends on it is not computed before this.
 FASTLSTM_DEVICE void pin(int& v) { asm volatile("" : "+r"(v)); }
 FASTLSTM_DEVICE void pin(int64_t& v) { asm volatile("" : "+l"(v)); }
+template <class T>
+FASTLSTM_DEVICE void pin(T*& v) {
+  asm volatile("" : "+l"(v));
+}
 
 }  // namespace
 }  // namespace fastlstm::cuda

@@ -303,6 +303,8 @@ inline void load_b(uint32_t (&b)[4], const char* place, int stride) {
 
 inline void pin(int&) {}
 inline void pin(int64_t&) {}
+template <class T>
+inline void pin(T*&) {}
 
 FASTLSTM_UNSEEN inline void fiber_main() {
   launch->kernel(launch->params);

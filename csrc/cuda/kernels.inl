@@ -521,7 +521,7 @@ struct Block {
     int left = slice_rows * per_row, column = fetch_column,
         at = fetch_at;  // places for all threads
     while (left > 0) {
-      if (left <= 2 * p.threads)
+      if (left <= 2 * p.threads || (kWide && !kTensorCores))
         fetch_some<2>(chunk, left, column, at);
       else if (kWide || left <= 4 * p.threads)
         fetch_some<4>(chunk, left, column, at);
@@ -850,14 +850,19 @@ FASTLSTM_DEVICE void recurrence_backward(const Task& task) {
       if (s >= p.T) return Time{0, 0};
       return time_of(p, d ? s : p.T - 1 - s, n0, rows);
     };
+    // Where these are absent, as much of the cells is loaded in their place and not used: to put a
+    // zero there at once would wait for the load.
+    const Storage* grad_y = moved<Storage>(p.grad_y ? p.grad_y : p.cells, d * H + unit);
+    const Storage* c0 = moved<Storage>(p.c0 ? p.c0 : p.cells, first);
+    pin(grad_y);
+    pin(c0);
     // `before` is the time whose state that of step `now` started from.
     const auto load = [&](const Time& now, const Time& before) {
       const int64_t kept = (d * p.total + now.row) * H + unit;
       const auto z = moved<Storage>(p.gates, 4 * (kept - unit) + unit);
       const auto cells = moved<Storage>(p.cells, kept);
-      const auto grad_y = moved<Storage>(p.grad_y, (now.row * p.directions + d) * H + unit);
+      const auto grad_now = grad_y + now.row * p.directions * H;
       const auto cells_before = cells + (before.active > 0 ? (before.row - now.row) * H : 0);
-      const auto c0 = moved<Storage>(p.c0, first);
       FASTLSTM_UNROLL
       for (int e = 0; e < kOwned; ++e) {
         const int n = b.row(e);
@@ -865,9 +870,9 @@ FASTLSTM_DEVICE void recurrence_backward(const Task& task) {
         FASTLSTM_UNROLL
         for (int k = 0; k < 4; ++k) gates[e][k] = z[(4 * n + k) * H];
         c[e] = cells[n * H];
-        // Every address is one of memory, whichever of them a compiler may load from early.
-        c_before[e] = (n < before.active ? cells_before : c0 ? c0 : cells)[n * H];
-        grad[e] = grad_y ? grad_y[n * p.directions * H] : Storage{};
+        const bool inside = n < before.active;
+        c_before[e] = (inside ? cells_before : c0)[n * H];
+        grad[e] = grad_now[n * p.directions * H];
       }
     };
 
@@ -910,7 +915,7 @@ FASTLSTM_DEVICE void recurrence_backward(const Task& task) {
         if (takes_part) {
           const bool from_zero = n >= before.active && !p.c0;
           cell_backward<kMath>(own, to_sum(c[e]), from_zero ? Sum(0) : to_sum(c_before[e]),
-                               reaches + to_sum(grad[e]), dc[e]);
+                               p.grad_y ? reaches + to_sum(grad[e]) : reaches, dc[e]);
           if (kWide) store(n, own);
         }
         dh[e] = takes_part ? Sum(0) : reaches;
