@@ -225,7 +225,7 @@ def test_weights_in_registers_and_in_memory(emulated, math, threads, chunks, pat
 
 
 def test_a_real_plan(emulated):
-    device = _cuda_plan.Device(8, 0, 6, 8000, True)
+    device = _cuda_plan.Device(8, 0, 6, 14000, True)
     found = _cuda_plan.plan(9, 40, 1, "bf16", True, device, 40)
     assert found.path == "grid"
     emulated("bf16", "grid", blocks=found.blocks, rows=found.rows, threads=_cuda_plan.THREADS)
