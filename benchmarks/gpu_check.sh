@@ -79,9 +79,12 @@ print("torch", torch.__version__, "on", torch.cuda.get_device_name())'
 
 peers=()
 if part build "$(at_most 300)" '^Successfully installed .*fastlstm' "$python" -m pip install \
-  --no-build-isolation --no-index -Ccmake.define.FASTLSTM_CUDA=on .; then
-  part tests "$(at_most 180)" '[0-9]+ passed' "$python" -m pytest -q -rs -p no:cacheprovider \
-    tests/test_cuda.py
+  --no-build-isolation --no-index -Ccmake.define.FASTLSTM_CUDA=on \
+  -Ccmake.define.CMAKE_CUDA_ARCHITECTURES=native .; then
+  workers=()
+  if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 8 -p no:benchmark); fi
+  part tests "$(at_most 180)" '[0-9]+ passed' env OMP_NUM_THREADS=2 "$python" -m pytest -q -rs \
+    -p no:cacheprovider ${workers[@]+"${workers[@]}"} tests/test_cuda.py
   # Without torch's cache of memory, so that every tensor has bounds that memcheck knows; without
   # reports of API calls, of which CUDA's own libraries make some that fail when they start.
   for tool in memcheck racecheck; do

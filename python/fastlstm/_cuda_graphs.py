@@ -1,7 +1,4 @@
-"""Work that is queued again and again, as CUDA graphs: one launch in the place of hundreds.
-
-Not yet run on a GPU, as all of the CUDA part.
-"""
+"""Work that is queued again and again, as CUDA graphs: one launch in the place of hundreds."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 `run_forward` and `run_backward` have the signatures of those in `_torch`, which calls them for
 tensors on CUDA; everything is queued on the current stream and nothing waits for the device.
 
-The kernels have not yet run on a GPU, so they are used only where the environment says
+Until they are measured against cuDNN the kernels are used only where the environment says
 ``FASTLSTM_CUDA_KERNELS=1``; otherwise `fastlstm.nn` on CUDA is `torch.nn.LSTM`.
 """
 
