@@ -224,6 +224,14 @@ def test_weights_in_registers_and_in_memory(emulated, math, threads, chunks, pat
     check({"T": 3, "N": 2, "D": 2, "H": H}, math)
 
 
+@pytest.mark.parametrize("path", ["cluster", "grid"])
+@pytest.mark.parametrize("math", MATHS)
+def test_many_blocks(emulated, math, path):
+    """Sixteen blocks, the most of a cluster; rows of whole 16 bytes."""
+    emulated(math, path, blocks=16, rows=2)
+    check({"T": 3, "N": 3, "D": 2, "H": 64, "directions": 2}, math)
+
+
 def test_a_real_plan(emulated):
     device = _cuda_plan.Device(8, 0, 6, 14000, True)
     found = _cuda_plan.plan(9, 40, 1, "bf16", True, device, 40)
@@ -406,6 +414,28 @@ def test_only_some_gradients(emulated):
     (expected,) = torch.autograd.grad(y.sum() + c.sum(), weights[5])
     assert torch.allclose(found, expected, rtol=1e-11)
     assert all(w.grad is None for k, w in enumerate(weights) if k != 5)
+
+
+@pytest.mark.parametrize("math", MATHS)
+@pytest.mark.parametrize("plan", PLANS)
+def test_nan_of_any_bits(emulated, plan, math):
+    """The NaN whose bits are all set is what the grid path takes for not yet come."""
+    use_plan(emulated, math, plan)
+    dtype = MATHS[math][0]
+    rnn, x, _, hx, grads = problem(**SMALL, dtype=dtype)
+    x, *hx = (t.to(dtype) for t in (x, *hx))
+    grads = [g.to(dtype) for g in grads]
+    for t in (x[1, 1], hx[0][0, 2], hx[1][0, 3], grads[0][2, 4], grads[1][0, 0]):
+        t.view(torch.uint8).fill_(255)
+        assert t.isnan().all()
+    leaves = [t.requires_grad_() for t in (x, *hx)]
+    results = _torch.run_layer(1, *leaves, [p.detach().to(dtype) for p in rnn._flat_weights])
+    y, h, c = (t.detach().isnan() for t in results)
+    assert y[:, 2].all() and c[0, 1:4].all() and h[0, 1:4].all()
+    assert not y[:, 0].any() and not y[:, 4].any() and not y[0, 1].any()
+    torch.autograd.backward(results, grads)
+    dx = x.grad.isnan()
+    assert dx[:, 0].all() and dx[:, 2].all() and dx[:3, 4].all() and not dx[3, 4].any()
 
 
 def test_nan_stays_in_its_row(emulated):
