@@ -181,7 +181,6 @@ class Scripted(nn.Module):
         return self.rnn(x)[0]
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_scripted_modules_are_left_alone():
     _, theirs = pair(D, H)
     scripted = torch.jit.script(Scripted(theirs))

@@ -1204,7 +1204,6 @@ def test_saved_tensor_hooks():
         assert_same(ours, theirs, leaf(T, N, D))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_jit_trace():
     ours, theirs = pair(D, H, 2)
