@@ -73,7 +73,13 @@ def _checked(
     return _torch.rows(x.as_subclass(Tensor)), *_plain(h0, c0), _plain(*weights), sizes
 
 
-@torch.library.custom_op("fastlstm::layer", mutates_args=())
+# The schemas are written out, since torch before 2.5 reads no annotations that are strings.
+@torch.library.custom_op(
+    "fastlstm::layer",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, int directions, bool keep, "
+    "Tensor? batch_sizes) -> Tensor[]",
+)
 def layer(
     x: Tensor,
     h0: Tensor | None,
@@ -109,7 +115,13 @@ def _(
     return [y, h_n, c_n, *(tensor for tensor in kept if tensor is not None)]
 
 
-@torch.library.custom_op("fastlstm::layer_backward", mutates_args=())
+@torch.library.custom_op(
+    "fastlstm::layer_backward",
+    mutates_args=(),
+    schema="(Tensor? grad_y, Tensor? grad_h, Tensor? grad_c, Tensor x, Tensor? h0, Tensor? c0, "
+    "Tensor[] weights, Tensor y, Tensor[] kept, int directions, bool[] needed, "
+    "Tensor? batch_sizes) -> Tensor[]",
+)
 def layer_backward(
     grad_y: Tensor | None,
     grad_h: Tensor | None,
