@@ -73,7 +73,7 @@ def _checked(
     return _torch.rows(x.as_subclass(Tensor)), *_plain(h0, c0), _plain(*weights), sizes
 
 
-# The schemas are written out, since torch before 2.5 reads no annotations that are strings.
+# The schemas are written out, since older torch (2.4 to 2.6 at least) cannot read the annotations.
 @torch.library.custom_op(
     "fastlstm::layer",
     mutates_args=(),
