@@ -16,7 +16,7 @@ import cli
 import machine
 import report
 from cases import CASES, GROUPS, Case
-from measure import Settings, active_isa, measure_case, summarise, worker
+from measure import TOLERANCE, Settings, active_isa, measure_case, summarise, worker
 from peers import OURS, PEERS
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     add("--cases", nargs="+", metavar="CASE", help="groups, or T×N×D×H (default: all)")
     add("--modes", nargs="+", choices=MODES, default=MODES)
     add("--threads", nargs="+", type=int, default=[1, 2], metavar="N", help="default: 1 2")
-    add("--dtype", choices=["float32", "float64"], default="float32")
+    add("--dtype", choices=list(TOLERANCE), default="float32")
     add(
         "--peers",
         nargs="+",

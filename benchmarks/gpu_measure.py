@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from cases import Arrays, Case, Problem, cudnn_persistent
 from gpu_peers import GPU_PEERS, PRECISIONS
+from measure import TOLERANCE as CPU_TOLERANCE
 from measure import WARM_CALL, Row, calibrate, check, spread, turns
 from peers import OURS, Prepared, torch_lstm
 from torch.autograd.profiler import profile
@@ -33,14 +34,8 @@ MODES = {
 HOST_CALLS = 5  # of which the host's cost is the median, in every round
 
 # A result further off than this is wrong: 16 units in the last place of what products may be
-# rounded to (which is float32 where it says so, with the tolerance of measure.py).
-TOLERANCE = {
-    "float16": 2.0**-6,
-    "bfloat16": 2.0**-3,
-    "tf32": 2.0**-6,
-    "float32": 1e-4,
-    "float64": 1e-11,
-}
+# rounded to.
+TOLERANCE = CPU_TOLERANCE | {"tf32": 2.0**-6}
 
 
 @dataclass(frozen=True)

@@ -160,9 +160,9 @@ def eager_row(case: Case, settings: Settings) -> Row:
     empty = Empty()
 
     def kernel() -> Any:
-        _core.forward(
-            problem.x, None, None, arrays, y, h, c, None, None, None, (), False, settings.threads
-        )
+        nothing = None, None, None
+        threads = settings.threads
+        _core.forward(problem.x, None, None, arrays, y, h, c, *nothing, (), False, threads, False)
         return y, (h, c)
 
     prepared = {name: PEERS[name].prepare(problem, False, settings.threads) for name in PAIR}

@@ -281,11 +281,12 @@ class Peer:
         return all(find_spec(package) is not None for package in self.packages)
 
 
+ALL_DTYPES = ("float32", "float64", "bfloat16", "float16")
 OURS = "fastlstm"  # every ratio is a peer's time over this one's
 PEERS = {
-    OURS: Peer("fastlstm", fastlstm_module, ("fastlstm", "torch")),
+    OURS: Peer("fastlstm", fastlstm_module, ("fastlstm", "torch"), dtypes=ALL_DTYPES),
     "numpy": Peer("fastlstm\nNumPy", fastlstm_numpy, ("fastlstm",), ("inference",)),
-    "torch": Peer("nn.LSTM", torch_lstm, ("torch",)),
+    "torch": Peer("nn.LSTM", torch_lstm, ("torch",), dtypes=ALL_DTYPES),
     # Neither has a float64 LSTM: onnxruntime refuses it, openvino computes in float32.
     "onnxruntime": Peer(
         "onnxruntime", onnxruntime_session, ("onnx", "onnxruntime"), ("inference",), ("float32",)

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from cases import GROUPS
-from measure import Row, alike, unique
+from measure import Row, alike, peak_dtype, unique
 from peers import OURS, PEERS
 from rich import box
 from rich.console import Console
@@ -142,7 +142,7 @@ def facts(data: dict[str, Any]) -> Facts:
         ("Command", data["command"]),
     ]
     if peaks:
-        found.insert(4, (f"FMA peak, {data['settings']['dtype']}", ", ".join(peaks)))
+        found.insert(4, (f"FMA peak, {peak_dtype(data['settings']['dtype'])}", ", ".join(peaks)))
     key = "percent_taken_by_others"
     if taken := [row[key] for row in data["rows"] if key in row]:
         others = f"{median(taken):.0f}% while measuring, {max(taken):.0f}% in the worst row"
