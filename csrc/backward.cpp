@@ -18,8 +18,9 @@ struct Right {
   Panels<T> panels;
   int64_t place;
 
-  Right(const T* w, int64_t depth, int64_t width, int64_t lanes, bool direct, Workspace* workspace)
-      : matrix(w), columns(width), shape(width, lanes), panels{} {
+  Right(const T* w, int64_t depth, int64_t width, const Kernels<T>& kernel, bool direct,
+        Workspace* workspace)
+      : matrix(w), columns(width), shape(width, kernel), panels{} {
     place = workspace->reserve<T>(direct ? depth * shape.tail_row : shape.packed_size(depth));
   }
   void bind(const Workspace& workspace, int64_t depth, bool direct) {
@@ -33,11 +34,6 @@ struct Right {
   }
 };
 
-// A weight-gradient product goes in passes of kDepth rows of dz, whose partial sums round better
-// than one long chain, and in strips of kStrip gate rows: a transposed strip stays in L2 while all
-// the panels of x and h go by.
-constexpr int64_t kDepth = 512;
-constexpr int64_t kStrip = 96;
 // So few rows of a single step are multiplied as they are: at H=256 16 rows took longer so, 12 did
 // not.
 constexpr int64_t kOuterRows = 12;
@@ -51,17 +47,17 @@ class BackwardPass {
         plan_(plan),
         kernel_(kernel),
         state_(in.h0, in.c0, in.sizes, workspace),
-        w_hh_(in.layer.w_hh, 4 * in.sizes.hidden, in.sizes.output, kernel.lanes, plan.direct,
-              workspace),
-        w_hr_(in.layer.w_hr, in.sizes.output, in.layer.w_hr ? in.sizes.hidden : 0, kernel.lanes,
+        w_hh_(in.layer.w_hh, 4 * in.sizes.hidden, in.sizes.output, kernel, plan.direct, workspace),
+        w_hr_(in.layer.w_hr, in.sizes.output, in.layer.w_hr ? in.sizes.hidden : 0, kernel,
               plan.direct, workspace),
-        w_ih_(in.layer.w_ih, 4 * in.sizes.hidden, in.dx.data ? in.sizes.input : 0, kernel.lanes,
+        w_ih_(in.layer.w_ih, 4 * in.sizes.hidden, in.dx.data ? in.sizes.input : 0, kernel,
               plan.direct, workspace),
-        x_shape_(in.dw_ih ? in.sizes.input : 0, kernel.lanes),
-        h_shape_(in.dw_hh ? in.sizes.output : 0, kernel.lanes),
-        raw_shape_(in.dw_hr ? in.sizes.hidden : 0, kernel.lanes),
-        step_shape_(in.sizes.hidden, kernel.lanes),
+        x_shape_(in.dw_ih ? in.sizes.input : 0, kernel),
+        h_shape_(in.dw_hh ? in.sizes.output : 0, kernel),
+        raw_shape_(in.dw_hr ? in.sizes.hidden : 0, kernel),
+        step_shape_(in.sizes.hidden, kernel),
         weights_(in.dw_ih || in.dw_hh || in.dw_hr || in.db),
+        strip_size_(kernel.strip_rows * kernel.strip_depth),
         row_group_(size_t(plan.row_groups)) {
     const auto [steps, batch, input, hidden, output] = in.sizes;
     x_place_ = workspace->reserve<T>(x_shape_.packed_size(plan.block * batch));
@@ -71,7 +67,10 @@ class BackwardPass {
     dc_place_ = workspace->reserve<T>(in.dc0 ? 0 : batch * hidden);
     // Where there are several blocks, slot `block` carries the dz of the step after the block.
     dz_place_ = workspace->reserve<T>((plan.block + (plan.block < steps)) * batch * 4 * hidden);
-    strips_place_ = workspace->reserve<T>(weights_ ? plan.threads() * kStrip * kDepth : 0);
+    strips_place_ = workspace->reserve<T>(weights_ ? plan.threads() * strip_size_ : 0);
+    // For dz, or dh, of as many rows as a product takes.
+    scratch_size_ = kernel.scratch_size(plan.block * batch, 4 * hidden);
+    scratch_place_ = workspace->reserve<T>(plan.threads() * scratch_size_);
   }
 
   void bind(const Workspace& workspace) {
@@ -86,6 +85,7 @@ class BackwardPass {
     dc_ = workspace.at<T>(dc_place_);
     dz_ = workspace.at<T>(dz_place_);
     strips_ = workspace.at<T>(strips_place_);
+    scratch_ = workspace.at<T>(scratch_place_);
   }
 
   int threads() const { return plan_.threads(); }
@@ -102,6 +102,7 @@ class BackwardPass {
     const Series<const T> x(in.x, in);
     const Series<const T> y(in.y, in);
     const Series<const T> kept_gates({in.gates, batch * gates, gates, batch}, in);
+    const Series<const uint16_t> half_gates({in.half_gates, batch * gates, gates, batch}, in);
     const Series<const T> kept_cells({in.cells, batch * hidden, hidden, batch}, in);
     const Series<const T> grad_y(in.grad_y, in);
     const Series<T> dx(in.dx, in);
@@ -116,9 +117,11 @@ class BackwardPass {
     const auto [n0, n1] = active.group(plan.row_groups, group);
     const auto [p0, p1] = share(step_shape_.count, plan.panel_groups, member);
     const auto [m0, m1] = share(gates, threads, id);  // rows of the weight gradients
-    T* const strip = strips_ + id * kStrip * kDepth;
-    const int64_t j0 = std::min(p0 * step_shape_.panel_row, hidden);
-    const int64_t j1 = std::min(p1 * step_shape_.panel_row, hidden);
+    T* const strip = strips_ + id * strip_size_;
+    const int64_t strip_rows = kernel.strip_rows, strip_depth = kernel.strip_depth;
+    T* const scratch = scratch_ + id * scratch_size_;
+    const int64_t j0 = std::min(p0 * step_shape_.width, hidden);
+    const int64_t j1 = std::min(p1 * step_shape_.width, hidden);
 
     for (int64_t n = n0; n < n1; ++n) {
       T* to = dc.at(0, n);
@@ -134,7 +137,7 @@ class BackwardPass {
                                 int64_t m, int64_t count, int64_t k, int64_t depth, bool first) {
       if (!dw) return;
       Product<T> product;
-      product.a = {strip, kDepth, 0, 1};
+      product.a = {strip, strip_depth, 0, 1};
       product.depth = depth;
       right.data += k * right.row_step;
       right.tail += k * right.tail_row_step;
@@ -143,12 +146,15 @@ class BackwardPass {
       product.columns = {columns, false};
       product.start = nullptr;
       product.accumulate = !first;
+      product.exact = false;
+      product.strip = true;
+      product.scratch = scratch;
       kernel.product(product, 0, count, 0, shape.count);
     };
     // C = dz W for `count` rows of both, the panels cut among the row group.
     const auto through = [&](const Right<T>& right, Rows<const T> from, Rows<T> to, int64_t count) {
       product_of_group(kernel, plan, member, from, gates, right.shape, right.panels, to,
-                       right.columns, count);
+                       right.columns, count, scratch);
     };
     // dz of the rows n, n + 1, ... of the batch, `row` rows into the block.
     const auto dz_at = [&](int64_t row, int64_t n, int64_t count) {
@@ -169,10 +175,12 @@ class BackwardPass {
         step.hidden = hidden;
         step.w = in.layer.w_hr ? w_hr_.panels : w_hh_.panels;
         step.depth = in.layer.w_hr ? output : gates;
-        step.gates = kept_gates.block(s, 0, batch);
+        step.gates = in.gates ? kept_gates.block(s, 0, batch) : Rows<const T>{};
+        step.half_gates = in.half_gates ? half_gates.block(s, 0, batch) : Rows<const uint16_t>{};
         step.c = kept_cells.block(s, 0, batch);
         step.dc = dc;
         step.dz = dz_at(row, 0, batch);
+        step.scratch = scratch;
         // Sequences that have a step before this one or not, and one after it or not.
         const int64_t before = active.with_before(s), after = active.with_after(s);
         const int64_t edges[] = {0, std::min(before, after), std::max(before, after), active.at(s)};
@@ -187,7 +195,7 @@ class BackwardPass {
           if (in.layer.w_hr) {
             // dL/dh_t first, whose columns the threads that share these rows divide.
             const Rows<T> dh{dh_ + row * output, 0, output, batch};
-            sum_dh(dh, y_part, h_part, later_dz, from, past, member);
+            sum_dh(dh, y_part, h_part, later_dz, from, past, member, scratch);
             row_group_[size_t(group)].wait(plan.panel_groups);
             step.grad_y = step.grad_h = {};
             step.next = dh;
@@ -239,11 +247,12 @@ class BackwardPass {
       all_.wait(threads);  // dz of the whole batch is there
       // f for each strip of the rows m0 <= m < m1 of A^T, A (rows, width).
       const auto strips_of = [&](const T* a, int64_t width, int64_t m0, int64_t m1, auto&& f) {
-        for (int64_t k = 0; k < rows; k += kDepth) {
-          const int64_t depth = std::min(kDepth, rows - k);
-          for (int64_t m = m0; m < m1; m += kStrip) {
-            const int64_t count = std::min(kStrip, m1 - m);
-            kernel.transpose({a + k * width, width, width, 1}, depth, m, m + count, strip, kDepth);
+        for (int64_t k = 0; k < rows; k += strip_depth) {
+          const int64_t depth = std::min(strip_depth, rows - k);
+          for (int64_t m = m0; m < m1; m += strip_rows) {
+            const int64_t count = std::min(strip_rows, m1 - m);
+            kernel.transpose({a + k * width, width, width, 1}, depth, m, m + count, strip,
+                             strip_depth);
             f(m, count, k, depth, last && k == 0);
           }
         }
@@ -254,7 +263,7 @@ class BackwardPass {
                                                       int64_t depth, bool first) {
                     accumulate(in.dw_ih, input, x_shape_, x_panels, m, count, k, depth, first);
                     accumulate(in.dw_hh, output, h_shape_, h_panels, m, count, k, depth, first);
-                    if (in.db) kernel.sum_rows(strip, kDepth, count, depth, in.db + m, !first);
+                    if (in.db) kernel.sum_rows(strip, strip_depth, count, depth, in.db + m, !first);
                   });
       if (in.dw_hr) {
         const auto [from, past] = share(output, threads, id);
@@ -304,18 +313,19 @@ class BackwardPass {
 
   // dh = grad_y + grad_h + dz W_hh for rows n0 <= n < n1; this thread's share of the columns.
   void sum_dh(Rows<T> dh, Rows<const T> grad_y, Rows<const T> grad_h, Rows<const T> dz, int64_t n0,
-              int64_t n1, int member) const {
+              int64_t n1, int member, T* scratch) const {
     const PanelShape& shape = w_hh_.shape;
     const auto [from, past] = share(shape.count, plan_.panel_groups, member);
-    const int64_t j0 = std::min(from * shape.panel_row, in_.sizes.output);
-    const int64_t j1 = std::min(past * shape.panel_row, in_.sizes.output);
+    const int64_t j0 = std::min(from * shape.width, in_.sizes.output);
+    const int64_t j1 = std::min(past * shape.width, in_.sizes.output);
     for (int64_t n = n0; n < n1; ++n)
       for (int64_t j = j0; j < j1; ++j)
         dh.at(0, n)[j] =
             (grad_y.data ? grad_y.at(0, n)[j] : T(0)) + (grad_h.data ? grad_h.at(0, n)[j] : T(0));
     if (!dz.data) return;
     product_of_group(kernel_, plan_, member, dz.block(0, n0, n1 - n0), 4 * in_.sizes.hidden, shape,
-                     w_hh_.panels, dh.block(0, n0, n1 - n0), in_.sizes.output, n1 - n0, true);
+                     w_hh_.panels, dh.block(0, n0, n1 - n0), in_.sizes.output, n1 - n0, scratch,
+                     true);
   }
 
   // h_{t-1} of every row of the block.
@@ -348,8 +358,10 @@ class BackwardPass {
   Right<T> w_hh_, w_hr_, w_ih_;
   const PanelShape x_shape_, h_shape_, raw_shape_, step_shape_;
   const bool weights_;  // a weight gradient is wanted
+  const int64_t strip_size_;
   int64_t x_place_, h_place_, raw_place_, dh_place_, dc_place_, dz_place_, strips_place_;
-  T *x_, *h_, *raw_, *dh_, *dc_, *dz_, *strips_;
+  int64_t scratch_place_, scratch_size_;  // of a thread
+  T *x_, *h_, *raw_, *dh_, *dc_, *dz_, *strips_, *scratch_;
   Barrier all_;
   std::vector<Barrier> row_group_;
 };
@@ -369,8 +381,8 @@ void backward(const Backward<T>* directions, int count, int threads) {
     }
     return;
   }
-  const Kernels<T>& kernel = kernels<T>();
-  const Machine machine{kernel.lanes, sizeof(T)};
+  const Kernels<T>& kernel = kernels<T>(directions->in_bf16 && !direct_backward(directions->sizes));
+  const Machine machine = machine_of(kernel);
   run_directions<BackwardPass<T>>(directions, count, threads, kernel, [&](int most) {
     return plan_backward(directions->sizes, machine, most);
   });

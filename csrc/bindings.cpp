@@ -100,7 +100,7 @@ Layer<T> layer(const Arrays& weights, int parts, int k, bool reverse) {
 void run_parts(const Array& x, const Array& h0, const Array& c0, const Arrays& weights,
                const Array& y, const Array& h_n, const Array& c_n, const Array& gates,
                const Array& cells, const Array& raw, const std::vector<int64_t>& batch_sizes,
-               bool reverse, int parts, int directions, int threads) {
+               bool reverse, int parts, int directions, int threads, bool in_bf16 = false) {
   py::gil_scoped_release release;
   for (const Array* array : {&y, &gates, &cells, &raw})
     prefer_huge_pages(array->data, array->bytes());
@@ -113,6 +113,7 @@ void run_parts(const Array& x, const Array& h0, const Array& c0, const Arrays& w
       const int d = k % directions;
       const bool backwards = reverse || d == 1;
       passes[size_t(k)] = {{T, N, k < directions ? D : directions * P, H, P},
+                           in_bf16,
                            shape.ragged(backwards),
                            layer<E>(weights, parts, k, backwards),
                            rows<const E>(x),
@@ -121,7 +122,8 @@ void run_parts(const Array& x, const Array& h0, const Array& c0, const Arrays& w
                            rows<E>(y, d * P),
                            at<E>(h_n, k * N * P),
                            at<E>(c_n, k * N * H),
-                           at<E>(gates, k * shape.rows * 4 * H),
+                           gates.half() ? nullptr : at<E>(gates, k * shape.rows * 4 * H),
+                           gates.half() ? at<uint16_t>(gates, k * shape.rows * 4 * H) : nullptr,
                            at<E>(cells, k * shape.rows * H),
                            at<E>(raw, k * shape.rows * H)};
     }
@@ -130,22 +132,24 @@ void run_parts(const Array& x, const Array& h0, const Array& c0, const Arrays& w
 }
 
 void run_forward(Array x, Array h0, Array c0, const Arrays& weights, Array y, Array h_n, Array c_n,
-                 Array gates, Array cells, Array raw, const std::vector<int64_t>& batch_sizes,
-                 bool reverse, int threads) {
+                 Gates kept, Array cells, Array raw, const std::vector<int64_t>& batch_sizes,
+                 bool reverse, int threads, bool in_bf16) {
   const int directions = int(y.shape[y.dims - 1] / weights[1].shape[1]);
   const int parts = h_n.dims == 3 ? int(h_n.shape[0]) : 1;
-  run_parts(x, h0, c0, weights, y, h_n, c_n, gates, cells, raw, batch_sizes, reverse, parts,
-            directions, threads);
+  run_parts(x, h0, c0, weights, y, h_n, c_n, kept.array, cells, raw, batch_sizes, reverse, parts,
+            directions, threads, in_bf16);
 }
 
-void run_backward(Array x, Array h0, Array c0, const Arrays& weights, Array y, Array gates,
+void run_backward(Array x, Array h0, Array c0, const Arrays& weights, Array y, Gates kept,
                   Array cells, Array raw, Array grad_y, Array grad_h, Array grad_c, Array dx,
                   const Arrays& dweights, Array dh0, Array dc0,
-                  const std::vector<int64_t>& batch_sizes, bool reverse, int threads) {
+                  const std::vector<int64_t>& batch_sizes, bool reverse, int threads,
+                  bool in_bf16) {
   py::gil_scoped_release release;
   prefer_huge_pages(dx.data, dx.bytes());
   for (const Array& array : dweights) prefer_huge_pages(array.data, array.bytes());
-  with_type(gates.itemsize, [&](auto* type) {
+  const Array& gates = kept.array;
+  with_type(x.itemsize, [&](auto* type) {
     using E = std::remove_pointer_t<decltype(type)>;
     const Shape shape(x, weights, batch_sizes);
     const auto [T, N, D, H, P] = shape.sizes;
@@ -154,13 +158,15 @@ void run_backward(Array x, Array h0, Array c0, const Arrays& weights, Array y, A
     for (int d = 0; d < directions; ++d) {
       const Weights<E> dw(dweights, directions, d);
       passes[d] = {shape.sizes,
+                   in_bf16,
                    shape.ragged(reverse || d == 1),
                    layer<E>(weights, directions, d, reverse || d == 1),
                    rows<const E>(x),
                    at<const E>(h0, d * N * P),
                    at<const E>(c0, d * N * H),
                    rows<const E>(y, d * P),
-                   at<const E>(gates, d * shape.rows * 4 * H),
+                   gates.half() ? nullptr : at<const E>(gates, d * shape.rows * 4 * H),
+                   gates.half() ? at<const uint16_t>(gates, d * shape.rows * 4 * H) : nullptr,
                    at<const E>(cells, d * shape.rows * H),
                    at<const E>(raw, d * shape.rows * H),
                    rows<const E>(grad_y, d * P),
@@ -355,8 +361,7 @@ void use_torch(py::type tensor, py::type parameter, py::object exchange) {
 
 Machine machine(int itemsize) {
   return with_type(itemsize, [&](auto* type) {
-    const auto& kernel = kernels<std::remove_pointer_t<decltype(type)>>();
-    return Machine{kernel.lanes, itemsize};
+    return machine_of(kernels<std::remove_pointer_t<decltype(type)>>());
   });
 }
 

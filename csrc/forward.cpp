@@ -26,18 +26,21 @@ class ForwardPass {
         plan_(plan),
         kernel_(kernel),
         state_(in.h0, in.c0, in.sizes, workspace),
-        y_shape_(in.layer.w_hr ? in.sizes.output : 0, kernel.lanes),
+        gate_shape_(4 * ceil_div(in.sizes.hidden, kernel.lanes) * kernel.lanes, kernel),
+        y_shape_(in.layer.w_hr ? in.sizes.output : 0, kernel),
         row_group_(size_t(plan.row_groups)) {
     const auto [steps, batch, input, hidden, output] = in.sizes;
-    const int64_t padded = ceil_div(hidden, kernel.lanes) * kPanelVectors * kernel.lanes;
     bias_place_ = workspace->reserve<T>(4 * hidden);
-    ih_place_ = workspace->reserve<T>(plan.direct ? 0 : padded * input);
-    hh_place_ = workspace->reserve<T>(plan.direct ? 0 : padded * output);
+    ih_place_ = workspace->reserve<T>(plan.direct ? 0 : gate_shape_.packed_size(input));
+    hh_place_ = workspace->reserve<T>(plan.direct ? 0 : gate_shape_.packed_size(output));
     hr_place_ = workspace->reserve<T>(y_shape_.packed_size(hidden));
     raw_place_ = workspace->reserve<T>(in.layer.w_hr && !in.raw ? batch * hidden : 0);
     // Training writes the input product where the gates will be kept.
     own_z_ = !in.gates && !plan.input_in_step;
     z_place_ = workspace->reserve<T>(own_z_ ? plan.block * batch * 4 * hidden : 0);
+    const int64_t at_once = std::max(batch, plan.input_in_step ? 0 : plan.block * batch);
+    scratch_size_ = kernel.scratch_size(at_once, input + output + hidden + 3 * kernel.panel_depth);
+    scratch_place_ = workspace->reserve<T>(plan.threads() * scratch_size_);
   }
 
   void bind(const Workspace& workspace) {
@@ -48,6 +51,7 @@ class ForwardPass {
     z_ = workspace.at<T>(z_place_);
     w_hr_ = workspace.at<T>(hr_place_);
     raw_ = workspace.at<T>(raw_place_);
+    scratch_ = workspace.at<T>(scratch_place_);
   }
 
   int threads() const { return plan_.threads(); }
@@ -59,15 +63,16 @@ class ForwardPass {
     const Kernels<T>& kernel = kernel_;
     const int64_t lanes = kernel.lanes;
     const int64_t panels = ceil_div(hidden, lanes);
-    const int64_t panel_row = kPanelVectors * lanes;
     const int64_t gates = 4 * hidden;
     const int threads = plan.threads();
     T *const bias = bias_, *const w_ih = w_ih_, *const w_hh = w_hh_;
+    T* const scratch = scratch_ + id * scratch_size_;
 
     const Active active(in);
     const Series<const T> x(in.x, in);
     const Series<T> y(in.y, in);
     const Series<T> kept_gates({in.gates, batch * gates, gates, batch}, in);
+    const Series<uint16_t> half_gates({in.half_gates, batch * gates, gates, batch}, in);
     const Series<T> kept_cells({in.cells, batch * hidden, hidden, batch}, in);
     const Series<T> kept_raw({in.raw, batch * hidden, hidden, batch}, in);
     const Rows<T> own_raw{raw_, 0, hidden, batch};
@@ -97,11 +102,14 @@ class ForwardPass {
         Product<T> product;
         product.a = x.block(s0, n0, n1 - n0);
         product.depth = input;
-        product.b = {w_ih, input * panel_row, panel_row, panels, nullptr, 0};
+        product.b = gate_shape_.packed<T>(w_ih, input);
         product.c = z.block(0, n0, n1 - n0);
         product.columns = {hidden, true};
         product.start = bias;
         product.accumulate = false;
+        product.exact = true;
+        product.strip = false;
+        product.scratch = scratch;
         kernel.product(product, 0, count * (n1 - n0), p0, p1);
       }
       for (int64_t s = s0; s < s0 + count; ++s) {
@@ -118,6 +126,8 @@ class ForwardPass {
         const Rows<T> raw = in.raw ? kept_raw.block(s, 0, batch) : own_raw;
         step.h = in.layer.w_hr ? raw : y.block(s, 0, batch);
         step.gates = in.gates ? kept_gates.block(s, 0, batch) : Rows<T>{};
+        step.half_gates = in.half_gates ? half_gates.block(s, 0, batch) : Rows<uint16_t>{};
+        step.scratch = scratch;
         const auto run = plan.direct ? kernel.step_forward_direct : kernel.step_forward;
         // Sequences that go on, then those that begin here.
         const int64_t going = active.with_before(s), all = active.at(s);
@@ -134,7 +144,8 @@ class ForwardPass {
         row_group_[size_t(group)].wait(plan.panel_groups);
         if (in.layer.w_hr) {
           const int64_t count = std::min(n1, all) - n0;
-          if (count > 0) project(raw.block(0, n0, count), y.block(s, n0, count), count, member);
+          if (count > 0)
+            project(raw.block(0, n0, count), y.block(s, n0, count), count, member, scratch);
           row_group_[size_t(group)].wait(plan.panel_groups);
         }
       }
@@ -160,34 +171,28 @@ class ForwardPass {
  private:
   // The panels of W_hr^T that thread `id` packs.
   void pack_projection(int threads, int id) {
-    const int64_t hidden = in_.sizes.hidden, output = in_.sizes.output;
-    const Panels<T> panels = y_shape_.packed(w_hr_, hidden);
+    const int64_t hidden = in_.sizes.hidden;
     const auto [from, past] = share(y_shape_.count, threads, id);
-    for (int64_t p = from; p < past; ++p) {
-      const int64_t first = p * y_shape_.panel_row;
-      const int64_t columns = std::min(output - first, y_shape_.panel_row);
-      T* to = const_cast<T*>(panels.at(p));
-      if (columns < panels.step(p)) std::fill_n(to, hidden * panels.step(p), T(0));
-      const Rows<const T> rows{in_.layer.w_hr + first * hidden, hidden, hidden, 1};
-      kernel_.transpose(rows, columns, 0, hidden, to, panels.step(p));
-    }
+    kernel_.pack_columns(in_.layer.w_hr, hidden, in_.sizes.output, from, past,
+                         y_shape_.packed<T>(w_hr_, hidden));
   }
 
   // h = raw W_hr^T for `count` rows, the panels cut among the row group.
-  void project(Rows<const T> raw, Rows<T> h, int64_t count, int member) {
+  void project(Rows<const T> raw, Rows<T> h, int64_t count, int member, T* scratch) {
     const int64_t hidden = in_.sizes.hidden;
-    product_of_group(kernel_, plan_, member, raw, hidden, y_shape_, y_shape_.packed(w_hr_, hidden),
-                     h, in_.sizes.output, count);
+    product_of_group(kernel_, plan_, member, raw, hidden, y_shape_,
+                     y_shape_.packed<T>(w_hr_, hidden), h, in_.sizes.output, count, scratch);
   }
 
   const Linked<T> in_;
   const Plan plan_;
   const Kernels<T>& kernel_;
   InitialState<T> state_;
-  const PanelShape y_shape_;  // of W_hr^T
-  int64_t bias_place_, ih_place_, hh_place_, z_place_, hr_place_, raw_place_;
+  const PanelShape gate_shape_, y_shape_;  // of the gates, of W_hr^T
+  int64_t bias_place_, ih_place_, hh_place_, z_place_, hr_place_, raw_place_, scratch_place_;
+  int64_t scratch_size_;  // of a thread
   bool own_z_;
-  T *bias_, *w_ih_, *w_hh_, *z_, *w_hr_, *raw_;
+  T *bias_, *w_ih_, *w_hh_, *z_, *w_hr_, *raw_, *scratch_;
   Barrier all_;
   std::vector<Barrier> row_group_;
 };
@@ -234,8 +239,8 @@ template <class T>
 void forward(const Forward<T>* given, int layers, int directions, int threads) {
   const Sizes& first = given->sizes;
   if (first.batch == 0) return;
-  const Kernels<T>& kernel = kernels<T>();
-  const Machine machine{kernel.lanes, sizeof(T)};
+  const Kernels<T>& kernel = kernels<T>(given->in_bf16 && !direct_forward(first));
+  const Machine machine = machine_of(kernel);
   const auto make_plan = [&](auto* plan_of, const Forward<T>& in, int most) {
     Plan plan = plan_of(in.sizes, machine, most);
     // A product over time wants as many rows at every step.

@@ -73,42 +73,46 @@ struct Layer {
 template <class T>
 struct Forward {
   Sizes sizes;
+  bool in_bf16;  // float: x and the weights are bfloat16, so their products may be computed so
   Ragged ragged;
   Layer<T> layer;
-  Rows<const T> x;  // (T, N, D)
-  const T* h0;      // (N, P) or null: zeros
-  const T* c0;      // (N, H) or null: zeros
-  Rows<T> y;        // (T, N, P)  h_t, at the time of x_t
-  T* h_n;           // (N, P) or null
-  T* c_n;           // (N, H), or null where cells is not
-  T* gates;         // (T, N, 4, H) i f g o after their activations, or null: keep nothing
-  T* cells;         // (T, N, H) c_t, or null
-  T* raw;           // (T, N, H) o * tanh(c_t), or null; kept with a projection only
+  Rows<const T> x;       // (T, N, D)
+  const T* h0;           // (N, P) or null: zeros
+  const T* c0;           // (N, H) or null: zeros
+  Rows<T> y;             // (T, N, P)  h_t, at the time of x_t
+  T* h_n;                // (N, P) or null
+  T* c_n;                // (N, H), or null where cells is not
+  T* gates;              // (T, N, 4, H) i f g o after their activations, or null: keep nothing
+  uint16_t* half_gates;  // the same in float16, instead of gates
+  T* cells;              // (T, N, H) c_t, or null
+  T* raw;                // (T, N, H) o * tanh(c_t), or null; kept with a projection only
 };
 
 // Gradients of a scalar loss. A null output is not computed.
 template <class T>
 struct Backward {
   Sizes sizes;
+  bool in_bf16;  // float: x, h0, y, raw and the weights are bfloat16, likewise
   Ragged ragged;
   Layer<T> layer;
-  Rows<const T> x;       // (T, N, D)
-  const T* h0;           // (N, P) or null: zeros
-  const T* c0;           // (N, H) or null: zeros
-  Rows<const T> y;       // (T, N, P)      as the forward pass left it; not read where T is 1
-  const T* gates;        // (T, N, 4, H)   likewise
-  const T* cells;        // (T, N, H)      likewise
-  const T* raw;          // (T, N, H)      likewise; null without a projection
-  Rows<const T> grad_y;  // (T, N, P), data null: zeros
-  const T* grad_h;       // (N, P) or null: zeros
-  const T* grad_c;       // (N, H) or null: zeros
-  Rows<T> dx;            // (T, N, D), data may be null
-  T* dw_ih;              // (4H, D) or null
-  T* dw_hh;              // (4H, P) or null
-  T* db;                 // (4H) or null: the gradient of either bias
-  T* dw_hr;              // (P, H) or null
-  T* dh0;                // (N, P) or null
-  T* dc0;                // (N, H) or null
+  Rows<const T> x;             // (T, N, D)
+  const T* h0;                 // (N, P) or null: zeros
+  const T* c0;                 // (N, H) or null: zeros
+  Rows<const T> y;             // (T, N, P)      as the forward pass left it; not read where T is 1
+  const T* gates;              // (T, N, 4, H)   likewise, or null and
+  const uint16_t* half_gates;  // the same in float16
+  const T* cells;              // (T, N, H)      likewise
+  const T* raw;                // (T, N, H)      likewise; null without a projection
+  Rows<const T> grad_y;        // (T, N, P), data null: zeros
+  const T* grad_h;             // (N, P) or null: zeros
+  const T* grad_c;             // (N, H) or null: zeros
+  Rows<T> dx;                  // (T, N, D), data may be null
+  T* dw_ih;                    // (4H, D) or null
+  T* dw_hh;                    // (4H, P) or null
+  T* db;                       // (4H) or null: the gradient of either bias
+  T* dw_hr;                    // (P, H) or null
+  T* dh0;                      // (N, P) or null
+  T* dc0;                      // (N, H) or null
 };
 
 // threads >= 1 is the most that may be used. Throw std::bad_alloc and nothing else.

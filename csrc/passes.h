@@ -16,26 +16,33 @@
 
 namespace fastlstm {
 
-// Panels of `lanes` x 4 columns, the last one as narrow as whole vectors allow.
+// Panels of four vectors of columns, the last one as narrow as whole vectors allow.
 struct PanelShape {
-  int64_t count, full, tail_row;  // panels; those of full width; row length of the tail
-  int64_t panel_row;
+  int64_t width;          // columns of a full panel
+  int64_t count, full;    // panels; those of full width
+  int64_t row, tail_row;  // elements of a row in memory, of a full panel and of the tail
+  int64_t rounded_to;     // rows that a panel holds a multiple of
 
-  PanelShape(int64_t columns, int64_t lanes)
-      : count(ceil_div(columns, kPanelVectors * lanes)),
-        full(columns / (kPanelVectors * lanes)),
-        tail_row(ceil_div(columns % (kPanelVectors * lanes), lanes) * lanes),
-        panel_row(kPanelVectors * lanes) {}
+  template <class T>
+  PanelShape(int64_t columns, const Kernels<T>& kernel)
+      : width(kPanelVectors * kernel.lanes),
+        count(ceil_div(columns, width)),
+        full(columns / width),
+        row(kernel.panel_row),
+        tail_row(ceil_div(columns % width, kernel.lanes) * (row / kPanelVectors)),
+        rounded_to(kernel.panel_depth) {}
 
-  int64_t packed_size(int64_t depth) const { return depth * (full * panel_row + tail_row); }
+  int64_t rows(int64_t depth) const { return ceil_div(depth, rounded_to) * rounded_to; }
+  int64_t packed_size(int64_t depth) const { return rows(depth) * (full * row + tail_row); }
   template <class T>
   Panels<T> packed(const T* data, int64_t depth) const {
-    return {data, depth * panel_row, panel_row, full, data + full * depth * panel_row, tail_row};
+    const int64_t step = rows(depth) * row;
+    return {data, step, row, full, data + full * step, tail_row};
   }
   // A row-major matrix as it stands; only its tail panel has been packed.
   template <class T>
   Panels<T> in_place(const T* matrix, int64_t columns, const T* tail) const {
-    return {matrix, panel_row, columns, full, tail, tail_row};
+    return {matrix, row, columns, full, tail, tail_row};
   }
 };
 
@@ -135,7 +142,7 @@ class Active {
 template <class T>
 void product_of_group(const Kernels<T>& kernel, const Plan& plan, int member, Rows<const T> a,
                       int64_t depth, const PanelShape& shape, const Panels<T>& b, Rows<T> c,
-                      int64_t columns, int64_t count, bool accumulate = false) {
+                      int64_t columns, int64_t count, T* scratch, bool accumulate = false) {
   Product<T> product;
   product.a = a;
   product.depth = depth;
@@ -144,6 +151,8 @@ void product_of_group(const Kernels<T>& kernel, const Plan& plan, int member, Ro
   product.columns = {columns, false};
   product.start = nullptr;
   product.accumulate = accumulate;
+  product.exact = product.strip = false;
+  product.scratch = scratch;
   const auto [from, past] = share(shape.count, plan.panel_groups, member);
   kernel.product(product, 0, count, from, past);
 }

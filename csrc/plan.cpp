@@ -30,7 +30,6 @@ constexpr int64_t kFarSteps = 4;
 // stays near.
 constexpr int64_t kForwardBlockRows = 128;
 constexpr int64_t kFarBlockRows = 512;
-constexpr int64_t kBackwardBlockRows = 512;  // depth of one weight-gradient product
 // The same where the layer above waits for these steps.
 constexpr int64_t kWaveBlockRows = 16;
 // Layers run at the same time where the model sees this gain. It knows nothing of the other layers'
@@ -48,10 +47,10 @@ struct StepWork {
 double step_cycles(const Sizes& s, const Machine& m, const StepWork& work, int rows, int columns) {
   const double batch = double(ceil_div(s.batch, rows));
   const double panels = double(ceil_div(work.panels, columns));
-  const double panel_bytes = work.depth * double(4 * m.lanes * m.element);
+  const double panel_bytes = work.depth * double(4 * m.lanes) * m.element;
   const double bytes_per_cycle =
       panels * panel_bytes <= kL2Bytes ? kNearBytesPerCycle : kFarBytesPerCycle;
-  const double product = std::max(batch * work.depth * 2, panel_bytes / bytes_per_cycle);
+  const double product = std::max(batch * work.depth * m.cycles, panel_bytes / bytes_per_cycle);
   return panels * (product + batch * kCellCycles) + work.spread / (rows * columns) +
          (columns > 1 ? kBarrierCycles : 0);
 }
@@ -79,11 +78,14 @@ bool direct(const Sizes& s, int64_t most_rows) {
 
 }  // namespace
 
+bool direct_forward(const Sizes& s) { return direct(s, kDirectRowsForward); }
+bool direct_backward(const Sizes& s) { return direct(s, kDirectRowsBackward); }
+
 Plan plan_forward(const Sizes& s, const Machine& m, int threads) {
   Plan plan;
-  plan.direct = direct(s, kDirectRowsForward);
+  plan.direct = direct_forward(s);
   const bool far = s.batch <= kFarBatch && s.steps >= kFarSteps &&
-                   double(4 * m.element) * double(s.hidden) * double(s.input) > double(kFarBytes);
+                   4 * m.element * double(s.hidden) * double(s.input) > double(kFarBytes);
   plan.input_in_step = plan.direct || s.input <= kInputInStep || (s.batch >= kBatchInStep && !far);
   choose_grid(s, m, {double(s.output + s.input), ceil_div(s.hidden, m.lanes), 0}, threads, &plan);
   const int64_t rows = far ? kFarBlockRows : kForwardBlockRows;
@@ -112,12 +114,12 @@ int layers_at_once(const Sizes& s, int64_t first_input, const Machine& m, int la
 
 Plan plan_backward(const Sizes& s, const Machine& m, int threads) {
   Plan plan;
-  plan.direct = direct(s, kDirectRowsBackward);
+  plan.direct = direct_backward(s);
   const double gates = 4 * double(s.hidden);
   const double spread =
-      double(s.batch) * gates * double(2 * s.input + s.output) / double(2 * m.lanes);
+      double(s.batch) * gates * double(2 * s.input + s.output) * m.cycles / double(4 * m.lanes);
   choose_grid(s, m, {gates, ceil_div(s.hidden, 4 * m.lanes), spread}, threads, &plan);
-  plan.block = std::clamp<int64_t>(kBackwardBlockRows / std::max<int64_t>(1, s.batch), 1, s.steps);
+  plan.block = std::clamp<int64_t>(m.strip_depth / std::max<int64_t>(1, s.batch), 1, s.steps);
   return plan;
 }
 

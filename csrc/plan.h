@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "cpu/kernels.h"
 #include "lstm.h"
 
 namespace fastlstm {
@@ -24,11 +25,24 @@ struct Plan {
   int threads() const { return row_groups * panel_groups; }
 };
 
-// What a plan knows of the machine: `lanes` of Kernels<T>, and sizeof(T).
+// What a plan knows of the machine: `lanes`, `panel_cycles` and `strip_depth` of Kernels<T>, and
+// the bytes of an element of a panel.
 struct Machine {
-  int64_t lanes;
-  int64_t element;
+  int64_t lanes, strip_depth;
+  double cycles;
+  double element;
 };
+
+template <class T>
+Machine machine_of(const Kernels<T>& kernel) {
+  const int64_t columns = kPanelVectors * kernel.lanes;
+  return {kernel.lanes, kernel.strip_depth, kernel.panel_cycles,
+          double(kernel.panel_row) * sizeof(T) / double(columns)};
+}
+
+// Whether weights are read where they are: so few rows that packing them would not pay.
+bool direct_forward(const Sizes& sizes);
+bool direct_backward(const Sizes& sizes);
 
 // `block` depends on sizes and machine only, never on `threads`: the sums of the weight gradients
 // are cut by it.

@@ -1067,7 +1067,7 @@ def test_what_the_kernels_may_read():
     memory = [torch.empty(3, 2, 5), None, None]
     with pytest.raises(TypeError, match="incompatible"):  # only by way of float32
         _core = fastlstm._core
-        _core.forward(half[0], None, None, half[1:], *memory, None, None, None, (), False, 1)
+        _core.forward(half[0], None, None, half[1:], *memory, None, None, None, (), False, 1, False)
     module(no_memory)  # through an operator, which finds memory there
     module(x)[0].backward(torch._efficientzerotensor((3, 2, 5)))
     assert not any(w.grad.any() for w in weights)

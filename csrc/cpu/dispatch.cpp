@@ -6,6 +6,8 @@
 
 #ifdef FASTLSTM_X86
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace fastlstm {
@@ -16,6 +18,7 @@ struct Isa {
   const Kernels<float>* f32;
   const Kernels<double>* f64;
   bool (*supported)();
+  const Kernels<float>* bf16 = nullptr;  // where it has any of its own
 };
 
 #ifdef FASTLSTM_X86
@@ -39,8 +42,25 @@ bool os_saves(uint64_t state) {
 constexpr uint64_t kYmm = 0x06;  // SSE and AVX state
 constexpr uint64_t kZmm = 0xe6;  // and opmask, ZMM_Hi256, Hi16_ZMM
 
-bool has_avx2() { return (cpuid(1).c & bit_FMA) && (cpuid(7).b & bit_AVX2) && os_saves(kYmm); }
+bool has_avx2() {
+  const unsigned needed = bit_FMA | bit_F16C;
+  return (cpuid(1).c & needed) == needed && (cpuid(7).b & bit_AVX2) && os_saves(kYmm);
+}
 bool has_avx512() { return has_avx2() && (cpuid(7).b & bit_AVX512F) && os_saves(kZmm); }
+
+#ifdef FASTLSTM_TILES
+constexpr uint64_t kTiles = 0x60000;  // XTILECFG and XTILEDATA
+constexpr unsigned kBf16Bit = 1 << 22, kTileBit = 1 << 24;
+bool has_tiles() {
+  return has_avx512() && (cpuid(7).d & kBf16Bit) && (cpuid(7).d & kTileBit) && os_saves(kTiles);
+}
+// Linux gives tiles to a process that asks, from then on with larger frames for signals.
+bool tiles_granted() {
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return granted;
+}
+#endif
 #endif
 
 const Isa kIsas[] = {
@@ -48,6 +68,9 @@ const Isa kIsas[] = {
 #ifdef FASTLSTM_X86
     {"avx2", &avx2::kernels_f32, &avx2::kernels_f64, has_avx2},
     {"avx512", &avx512::kernels_f32, &avx512::kernels_f64, has_avx512},
+#ifdef FASTLSTM_TILES
+    {"amx", &avx512::kernels_f32, &avx512::kernels_f64, has_tiles, &avx512::kernels_bf16},
+#endif
 #endif
 };
 
@@ -100,11 +123,17 @@ void use_default_isa() {
 std::string active_isa() { return active.load()->name; }
 
 template <>
-const Kernels<float>& kernels<float>() {
-  return *active.load(std::memory_order_relaxed)->f32;
+const Kernels<float>& kernels<float>(bool in_bf16) {
+  const Isa& isa = *active.load(std::memory_order_relaxed);
+#ifdef FASTLSTM_TILES
+  if (in_bf16 && isa.bf16 && tiles_granted()) return *isa.bf16;
+#else
+  (void)in_bf16;
+#endif
+  return *isa.f32;
 }
 template <>
-const Kernels<double>& kernels<double>() {
+const Kernels<double>& kernels<double>(bool) {
   return *active.load(std::memory_order_relaxed)->f64;
 }
 

@@ -17,7 +17,8 @@ void use_isa(const std::string& name);
 void use_default_isa();
 std::string active_isa();
 
+// The kernels for any values, or for those that are bfloat16 (see Forward::in_bf16).
 template <class T>
-const Kernels<T>& kernels();
+const Kernels<T>& kernels(bool in_bf16 = false);
 
 }  // namespace fastlstm

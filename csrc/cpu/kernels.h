@@ -20,7 +20,8 @@ struct Columns {
   bool gates;
 };
 
-// The panels of a matrix B. Row k of panel p starts at at(p) + k * step(p).
+// The panels of a matrix B. Row k of panel p starts at at(p) + k * step(p), or the rows around it
+// do whose place they share: `panel_depth` of Kernels.
 template <class T>
 struct Panels {
   const T* data;
@@ -45,6 +46,9 @@ struct Product {
   Columns columns;
   const T* start;
   bool accumulate;
+  bool exact;  // A is bfloat16; this and `strip` matter to kernels of bfloat16 only
+  bool strip;  // A is what `transpose` wrote
+  T* scratch;  // memory of `scratch_size`
 };
 
 // One time step for rows n of the batch and units j. Row strides count elements.
@@ -63,7 +67,9 @@ struct StepForward {
   Rows<const T> c_prev;
   Rows<T> c;
   Rows<T> h;
-  Rows<T> gates;  // data null: not kept
+  Rows<T> gates;              // data null: not kept
+  Rows<uint16_t> half_gates;  // or in float16; data null likewise
+  T* scratch;                 // memory of `scratch_size`
 };
 
 // One time step back. dh = grad_y + grad_h + next W, then dz, and dc in place. Without a projection
@@ -78,10 +84,12 @@ struct StepBackward {
   int64_t depth;         // K
   Panels<T> w;           // plain panels
   Rows<const T> gates;
+  Rows<const uint16_t> half_gates;  // in float16, where gates is null
   Rows<const T> c_prev;
   Rows<const T> c;
   Rows<T> dc;
   Rows<T> dz;
+  T* scratch;  // memory of `scratch_size`
 };
 
 enum class Function { exp, sigmoid, tanh };
@@ -89,6 +97,15 @@ enum class Function { exp, sigmoid, tanh };
 template <class T>
 struct Kernels {
   int64_t lanes;  // VL
+  // Panels in memory: elements of a row of four vectors, and the rows that they hold a multiple of.
+  int64_t panel_row, panel_depth;
+  double panel_cycles;  // of one row of A for one row of a panel
+  // A weight gradient goes in passes of `strip_depth` rows of dz, whose partial sums round better
+  // than one long chain, and in strips of `strip_rows` gate rows: a transposed strip stays in L2
+  // while all the panels of x and h go by.
+  int64_t strip_rows, strip_depth;
+  // Elements of memory that a thread needs for so many rows of A of all depths together.
+  int64_t (*scratch_size)(int64_t rows, int64_t depth);
 
   // Panels p0 <= p < p1 of W (4H, K) as B = W^T with the gates interleaved: [p][k][gate][VL],
   // zeros beyond H.
@@ -96,10 +113,14 @@ struct Kernels {
   // Rows k0 <= k < k0 + count of B from b, columns of panels p0 <= p < p1, to their place in `to`.
   void (*pack_rows)(Rows<const T> b, int64_t k0, int64_t count, int64_t columns, int64_t p0,
                     int64_t p1, Panels<T> to);
-  // out[m - m0][k] = a[k][m] for m0 <= m < m1, k < count; `step` between the rows of out. The rows
-  // of a are evenly spaced, by a.step_n.
+  // Panels p0 <= p < p1 of B = W^T to their place in `to`, from W (columns, depth).
+  void (*pack_columns)(const T* w, int64_t depth, int64_t columns, int64_t p0, int64_t p1,
+                       Panels<T> to);
+  // out[m - m0][k] = a[k][m] for m0 <= m < m1, k < count; `step` between the rows of out, or their
+  // place in memory of its own for kernels of bfloat16. The rows of a are evenly spaced, by
+  // a.step_n.
   void (*transpose)(Rows<const T> a, int64_t count, int64_t m0, int64_t m1, T* out, int64_t step);
-  // out[m] (+)= sum_k a[m][k] for m < rows, k < columns; `step` between the rows of a.
+  // out[m] (+)= sum_k a[m][k] for m < rows, k < columns, of what `transpose` wrote with that step.
   void (*sum_rows)(const T* a, int64_t step, int64_t rows, int64_t columns, T* out,
                    bool accumulate);
   // out[m][:] = sum_k a[k][m] b[k][:] for m0 <= m < m1, k < count: a^T b of few rows as they are.
@@ -134,6 +155,7 @@ extern const Kernels<double> kernels_f64;
 namespace avx512 {
 extern const Kernels<float> kernels_f32;
 extern const Kernels<double> kernels_f64;
+extern const Kernels<float> kernels_bf16;  // of values that are bfloat16; where tiles.inl compiles
 }  // namespace avx512
 #endif
 

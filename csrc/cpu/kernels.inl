@@ -51,8 +51,10 @@ FASTLSTM_INLINE void for_panels(int64_t step, int64_t p0, int64_t p1, F&& f) {
   }
 }
 
-// Lanes of a partial vector, or all of them at compile time.
+// Lanes of a partial vector, or all of them at compile time. Memory of float16 is of floats.
 struct AllLanes {
+  FASTLSTM_INLINE Vec<float> get(const uint16_t* p) const { return from_half(p); }
+  FASTLSTM_INLINE void put(uint16_t* p, Vec<float> v) const { to_half(p, v); }
   template <class T>
   FASTLSTM_INLINE Vec<T> get(const T* p) const {
     return load(p);
@@ -64,6 +66,16 @@ struct AllLanes {
 };
 struct FirstLanes {
   int64_t width;
+  FASTLSTM_INLINE Vec<float> get(const uint16_t* p) const {
+    uint16_t all[lanes<float>()] = {};
+    __builtin_memcpy(all, p, uint64_t(width) * sizeof *p);
+    return from_half(all);
+  }
+  FASTLSTM_INLINE void put(uint16_t* p, Vec<float> v) const {
+    uint16_t all[lanes<float>()];
+    to_half(all, v);
+    __builtin_memcpy(p, all, uint64_t(width) * sizeof *p);
+  }
   template <class T>
   FASTLSTM_INLINE Vec<T> get(const T* p) const {
     return load(p, width);
@@ -210,6 +222,18 @@ void transpose(Rows<const T> a, int64_t count, int64_t m0, int64_t m1, T* out, i
 }
 
 template <class T>
+void pack_columns(const T* w, int64_t depth, int64_t columns, int64_t p0, int64_t p1,
+                  Panels<T> to) {
+  constexpr int VL = lanes<T>();
+  for (int64_t p = p0; p < p1; ++p)
+    for (int64_t v = 0; v < to.step(p); v += VL) {
+      const int64_t first = p * kPanelVectors * VL + v;
+      transpose_strip(w + first * depth, depth, columns - first, depth,
+                      const_cast<T*>(to.at(p)) + v, to.step(p), VL);
+    }
+}
+
+template <class T>
 void sum_rows(const T* a, int64_t step, int64_t rows, int64_t columns, T* out, bool accumulate) {
   constexpr int VL = lanes<T>();
   for (int64_t m = 0; m < rows; m += VL) {
@@ -350,13 +374,16 @@ FASTLSTM_INLINE void cell_forward(const StepForward<T>& in, int64_t n, int64_t u
   const Vec<T> c = fma(f, part.get(in.c_prev.at(0, n) + unit), i * g);
   part.put(in.c.at(0, n) + unit, c);
   part.put(in.h.at(0, n) + unit, o * tanh<T>(c));
-  if (in.gates.data) {
-    T* gates = in.gates.at(0, n) + unit;
+  const auto keep = [&](auto rows) {
+    auto* gates = rows.at(0, n) + unit;
     part.put(gates, i);
     part.put(gates + H, f);
     part.put(gates + 2 * H, g);
     part.put(gates + 3 * H, o);
-  }
+  };
+  if (in.gates.data) keep(in.gates);
+  if constexpr (sizeof(T) == sizeof(float))
+    if (in.half_gates.data) keep(in.half_gates);
 }
 
 template <class T>
@@ -489,11 +516,12 @@ FASTLSTM_INLINE void cell_backward(const StepBackward<T>& in, int64_t n, int64_t
                                    L part) {
   const int64_t H = in.hidden;
   const T one = 1;
-  const T* gates = in.gates.at(0, n) + unit;
-  const Vec<T> i = part.get(gates);
-  const Vec<T> f = part.get(gates + H);
-  const Vec<T> g = part.get(gates + 2 * H);
-  const Vec<T> o = part.get(gates + 3 * H);
+  const auto gate = [&](int64_t k) {
+    if constexpr (sizeof(T) == sizeof(float))
+      if (in.half_gates.data) return part.get(in.half_gates.at(0, n) + unit + k * H);
+    return part.get(in.gates.at(0, n) + unit + k * H);
+  };
+  const Vec<T> i = gate(0), f = gate(1), g = gate(2), o = gate(3);
   const Vec<T> tanh_c = tanh<T>(part.get(in.c.at(0, n) + unit));
   T* carried = in.dc.at(0, n) + unit;
   const Vec<T> dc = fma(dh * o, one - tanh_c * tanh_c, part.get((const T*)carried));
@@ -534,7 +562,8 @@ void step_backward(const StepBackward<T>& in, int64_t n0, int64_t n1, int64_t p0
                   __builtin_prefetch(from.at(0, n + r) + place, 0, 2);
                 };
                 if (in.grad_y.data) ask(in.grad_y, unit);
-                for (int gate = 0; gate < 4; ++gate) ask(in.gates, gate * H + unit);
+                if (in.gates.data)
+                  for (int gate = 0; gate < 4; ++gate) ask(in.gates, gate * H + unit);
                 ask(in.c_prev, unit);
               }
             const T* a[M];
@@ -588,9 +617,26 @@ double fma_loop(int64_t count) {
 
 template <class T>
 constexpr Kernels<T> table() {
-  return {lanes<T>(), pack_gates<T>, pack_rows<T>,    transpose<T>,           sum_rows<T>,
-          outer<T>,   product<T>,    step_forward<T>, step_forward_direct<T>, step_backward<T>,
-          map<T>,     fma_loop<T>};
+  constexpr int VL = lanes<T>();
+  return {VL,
+          kPanelVectors * VL,
+          1,
+          kPanelVectors / 2.0,  // two fused multiply-adds a cycle
+          96,
+          512,
+          [](int64_t, int64_t) { return int64_t(0); },
+          pack_gates<T>,
+          pack_rows<T>,
+          pack_columns<T>,
+          transpose<T>,
+          sum_rows<T>,
+          outer<T>,
+          product<T>,
+          step_forward<T>,
+          step_forward_direct<T>,
+          step_backward<T>,
+          map<T>,
+          fma_loop<T>};
 }
 
 }  // namespace

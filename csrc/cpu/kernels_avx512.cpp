@@ -4,3 +4,7 @@
 
 #define FASTLSTM_ISA avx512
 #include "kernels.inl"
+
+#ifdef FASTLSTM_TILES
+#include "tiles.inl"
+#endif

@@ -187,6 +187,66 @@ FASTLSTM_INLINE Vec<double> ldexp(Vec<double> v, Vec<double> n) {
 }
 #endif
 
+// A vector of floats from and to memory of float16, to nearest, ties to even.
+#if defined(__AVX512F__)
+FASTLSTM_INLINE Vec<float> from_half(const uint16_t* p) {
+  return _mm512_maskz_cvtph_ps(__mmask16(-1), _mm256_loadu_si256((const __m256i*)p));
+}
+FASTLSTM_INLINE void to_half(uint16_t* p, Vec<float> v) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(__mmask16(-1), v, 0));
+}
+#elif defined(__F16C__)
+FASTLSTM_INLINE Vec<float> from_half(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+}
+FASTLSTM_INLINE void to_half(uint16_t* p, Vec<float> v) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, 0));
+}
+#elif defined(__aarch64__)
+FASTLSTM_INLINE Vec<float> from_half(const uint16_t* p) {
+  return (Vec<float>)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+}
+FASTLSTM_INLINE void to_half(uint16_t* p, Vec<float> v) {
+  vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
+}
+#else
+FASTLSTM_INLINE Vec<float> from_half(const uint16_t* p) {
+  Vec<float> v;
+  for (int l = 0; l < lanes<float>(); ++l) {
+    const uint32_t sign = uint32_t(p[l] & 0x8000) << 16, rest = p[l] & 0x7fff;
+    uint32_t bits = (rest << 13) + (uint32_t(127 - 15) << 23);
+    if (rest >= 0x7c00) bits += uint32_t(255 - 31 - (127 - 15)) << 23;  // infinity, NaN
+    float f;
+    __builtin_memcpy(&f, &bits, sizeof f);
+    if (rest < 0x400) f = float(rest) * 0x1p-24f;  // zero, denormal
+    v[l] = sign ? -f : f;
+  }
+  return v;
+}
+FASTLSTM_INLINE void to_half(uint16_t* p, Vec<float> v) {
+  for (int l = 0; l < lanes<float>(); ++l) {
+    const float f = v[l], size = f < 0 ? -f : f;
+    uint32_t bits;
+    __builtin_memcpy(&bits, &f, sizeof bits);
+    const uint32_t sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    uint32_t half;
+    if (bits > 0x7f800000) {
+      half = 0x7e00;  // NaN
+    } else if (bits >= 0x477ff000) {
+      half = 0x7c00;  // rounds to infinity
+    } else if (bits < 0x38800000) {
+      const float placed = size + 0.5f;  // its last bit is that of a denormal
+      __builtin_memcpy(&half, &placed, sizeof half);
+      half -= 0x3f000000;
+    } else {
+      half = (bits - (uint32_t(127 - 15) << 23) + 0xfff + (bits >> 13 & 1)) >> 13;
+    }
+    p[l] = uint16_t(sign | half);
+  }
+}
+#endif
+
 template <class T>
 FASTLSTM_INLINE T sum(Vec<T> v) {
   // Halves added to halves: the same order on every call.

@@ -1,0 +1,172 @@
+"""Half precision in the kernels: gates in float16, and products of numbers that are bfloat16.
+
+What half precision is for a user is tested in test_nn.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import fastlstm.nn
+import pytest
+import torch
+
+_core = fastlstm._core
+TILES = "amx"  # the ISA with products of bfloat16
+
+
+class Problem:
+    """A layer in one direction whose weights, input and states are bfloat16 in float32."""
+
+    def __init__(self, T, N, D, H, P=0, batch_sizes=(), reverse=False, seed=0):
+        torch.manual_seed(seed)
+        self.H, self.batch_sizes, self.reverse = H, batch_sizes, reverse
+        time = (sum(batch_sizes),) if batch_sizes else (T, N)
+
+        def bf16(*shape, scale=1.0):
+            return (scale * torch.randn(shape)).bfloat16().float()
+
+        scale = (D + H) ** -0.5
+        shapes = [(4 * H, D), (4 * H, P or H), (4 * H,), (4 * H,), *([(P, H)] if P else [])]
+        self.weights = [bf16(*shape, scale=scale) for shape in shapes]
+        self.x, self.h0, self.c0 = bf16(*time, D), bf16(N, P or H), torch.randn(N, H)
+        self.time, self.P = time, P
+        self.grads = torch.randn(*time, P or H), torch.randn(N, P or H), torch.randn(N, H)
+
+    def forward(self, *, in_bf16=False, gates=torch.float32, threads=1):
+        """Return y, h_n, c_n, gates, cells, raw."""
+        N, H, P = len(self.h0), self.H, self.P
+        results = [torch.empty(*self.time, P or H), torch.empty(N, P or H), torch.empty(N, H)]
+        kept = [torch.empty(1, *self.time, 4 * H, dtype=gates), torch.empty(1, *self.time, H)]
+        kept.append(torch.empty(1, *self.time, H) if P else None)
+        last = self.batch_sizes, self.reverse, threads, in_bf16
+        _core.forward(self.x, self.h0, self.c0, self.weights, *results, *kept, *last)
+        return [*results, *kept]
+
+    def backward(self, kept, *, in_bf16=False, threads=1):
+        """Return the gradients of x, h0, c0 and the weights."""
+        # As half precision keeps them.
+        y, raw = (None if t is None else t.bfloat16().float() for t in (kept[0], kept[5]))
+        given = [self.x, self.h0, self.c0, *self.weights]
+        dx, dh0, dc0, *dweights = (torch.empty_like(t) for t in given)
+        _core.backward(
+            *given[:3], self.weights, y, kept[3], kept[4], raw, *self.grads, dx, dweights, dh0, dc0,
+            self.batch_sizes, self.reverse, threads, in_bf16,
+        )  # fmt: skip
+        return [dx, dh0, dc0, *dweights]
+
+
+SIZES = {
+    "one of everything": {"T": 5, "N": 1, "D": 1, "H": 1},
+    "weights as they are": {"T": 1, "N": 3, "D": 20, "H": 30},
+    "input product over time": {"T": 7, "N": 2, "D": 1100, "H": 20},
+    "odd": {"T": 6, "N": 33, "D": 17, "H": 19},
+    "whole tiles": {"T": 3, "N": 64, "D": 64, "H": 64},
+    "three row tiles": {"T": 3, "N": 40, "D": 33, "H": 70},
+    "one row tile": {"T": 20, "N": 9, "D": 31, "H": 130},
+    "several blocks": {"T": 60, "N": 35, "D": 12, "H": 20},
+    "rows in parts, long sums": {"T": 3, "N": 200, "D": 70, "H": 300},
+    "projected": {"T": 8, "N": 40, "D": 65, "H": 100, "P": 37},
+    "projected to more than a panel": {"T": 3, "N": 20, "D": 5, "H": 40, "P": 39, "reverse": True},
+    "ragged": {"T": 5, "N": 37, "D": 30, "H": 50, "batch_sizes": (37, 36, 20, 3, 1)},
+    "ragged backwards": {
+        "T": 4, "N": 21, "D": 40, "H": 33, "batch_sizes": (21, 21, 5, 4), "reverse": True
+    },
+}  # fmt: skip
+every_size = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+
+
+@every_size
+def test_products_of_bfloat16_are_as_good_as_those_of_float32(isa_of_half, sizes):
+    problem = Problem(**sizes)
+    plain, ours = problem.forward(), problem.forward(in_bf16=True)
+    pairs = [*zip(plain, ours, strict=True)]
+    # Both backward from the same, so that only its own products differ.
+    pairs += zip(
+        problem.backward(plain), problem.backward(plain, in_bf16=True), strict=True
+    )  # fmt: skip
+    for expected, found in pairs:
+        if expected is None:
+            continue
+        if isa_of_half != TILES:
+            assert torch.equal(found, expected)
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(found, expected, rtol=0, atol=scale * 2**-15)
+
+
+@every_size
+@pytest.mark.parametrize("gates", [torch.float32, torch.float16], ids=["gates", "half gates"])
+def test_bits_do_not_depend_on_threads(isa_of_half, sizes, gates):
+    problem = Problem(**sizes)
+    outcomes = []
+    for threads in (1, 2, 3, 4):
+        kept = problem.forward(in_bf16=True, gates=gates, threads=threads)
+        outcomes.append([*kept, *problem.backward(kept, in_bf16=True, threads=threads)])
+    for outcome in outcomes[1:]:
+        for a, b in zip(outcomes[0], outcome, strict=True):
+            assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("N", [1, 5, 40])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_in_its_row(isa_of_half, N, bad):
+    problem = Problem(8, N, 20, 33)
+    problem.x[4, 0, 3] = bad
+    problem.grads[0][3, 0, 5] = bad
+    plain, ours = problem.forward(), problem.forward(in_bf16=True)
+    found = [*ours, *problem.backward(ours, in_bf16=True)]
+    expected = [*plain, *problem.backward(plain)]
+    for name, a, b in zip(itertools.count(), found, expected, strict=False):
+        if a is None or name in (9, 10, 11, 12):  # gradients of weights are sums over all rows
+            continue
+        assert torch.equal(a.isnan(), b.isnan()), name
+        assert torch.equal(a.isinf(), b.isinf()), name
+    y = ours[0]
+    assert y[:4].isfinite().all() and y[:, 1:].isfinite().all()
+
+
+def test_rows_do_not_depend_on_their_batch(isa_of_half):
+    whole = Problem(6, 50, 24, 40)
+    y = whole.forward(in_bf16=True)[0]
+    for first, count in ((0, 1), (3, 17), (20, 30)):
+        part = Problem(6, count, 24, 40)
+        part.weights = whole.weights
+        rows = slice(first, first + count)
+        part.x, part.h0, part.c0 = whole.x[:, rows], whole.h0[rows], whole.c0[rows]
+        if count >= 4:  # below, the input product stands by itself
+            assert torch.equal(part.forward(in_bf16=True)[0], y[:, rows])
+
+
+@every_size
+def test_gates_in_float16(isa_of_half, sizes):
+    problem = Problem(**sizes)
+    # Gates that are denormal or 0 in float16, and those near 1.
+    problem.weights[2].copy_(torch.linspace(-30, 12, 4 * problem.H))
+    expected, found = problem.forward(), problem.forward(gates=torch.float16)
+    gates = found.pop(3)
+    assert torch.equal(gates, expected.pop(3).to(torch.float16))
+    for a, b in zip(found, expected, strict=True):
+        assert a is b is None or torch.equal(a, b)
+    found.insert(3, gates)
+    as_float = [*found[:3], gates.float(), *found[4:]]
+    for a, b in zip(problem.backward(found), problem.backward(as_float), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_every_float16_is_read(isa_of_half):
+    """With c_{t-1} = 1 and the other gates 1, dL/dc_{t-1} is the forget gate."""
+    halves = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    H = len(halves)
+    gates = torch.ones(1, 4 * H, dtype=torch.float16)
+    gates[0, H : 2 * H] = halves
+    x, weights = torch.zeros(1, 1), [torch.zeros(4 * H, 1), torch.zeros(4 * H, 1)]
+    # As of a projection, whose H is not its P, so that W_hh is small.
+    weights += [torch.zeros(1, H)]
+    h0, c0, dc0 = torch.zeros(1, 1), torch.ones(1, H), torch.empty(1, H)
+    nothing = [None] * 3
+    kept = gates, torch.zeros(1, H), torch.zeros(1, H)
+    grads = None, torch.zeros(1, 1), torch.ones(1, H)
+    _core.backward(
+        x, h0, c0, weights, None, *kept, *grads, None, nothing, None, dc0, (), False, 1, False
+    )
+    torch.testing.assert_close(dc0[0], halves.float(), rtol=0, atol=0, equal_nan=True)
