@@ -433,6 +433,24 @@ void pack_rows_bf16(Rows<const float> b, int64_t k0, int64_t count, int64_t colu
 
 // ---- products and steps -------------------------------------------------------------------------
 
+// The sums of all row tiles with panel p of B, and what `rest` does with them; `next` is the panel
+// after it.
+template <int Terms, class F>
+FASTLSTM_INLINE void sum_panel(const Left<Terms>& left, const RowTiles& rows,
+                               const Panels<float>& b, int64_t p, int64_t next, Rest<F>& rest,
+                               const Ahead& ahead) {
+  with_int<kPanelVectors>(vectors_of(b, p), [&](auto many) {
+    constexpr int V = decltype(many)::value;
+    sum_rows_of<V>(rows, p, rest, [&](int64_t t, auto tall, int v, auto wide, int64_t pass) {
+      add_tiles<decltype(tall)::value, decltype(wide)::value>(
+          left, t, b.at(p) + v * kTileSize, V, [&](int64_t s) {
+            ahead.ask(b.at(next), vectors_of(b, next), pass, s);
+            rest.some();
+          });
+    });
+  });
+}
+
 template <int Terms>
 void product_of(const Left<Terms>& left, const RowTiles& rows, int64_t m, const Product<float>& in,
                 int64_t p0, int64_t p1) {
@@ -454,19 +472,8 @@ void product_of(const Left<Terms>& left, const RowTiles& rows, int64_t m, const 
   };
   Rest rest(rows, left.steps, put);
   const Ahead ahead(rows, (p1 - p0) * left.steps * kPanelVectors * kTileSize * 4);
-  for (int64_t p = p0; p < p1; ++p) {
-    const int64_t next = p + 1 < p1 ? p + 1 : p0;
-    with_int<kPanelVectors>(vectors_of(in.b, p), [&](auto many) {
-      constexpr int V = decltype(many)::value;
-      sum_rows_of<V>(rows, p, rest, [&](int64_t t, auto tall, int v, auto wide, int64_t pass) {
-        add_tiles<decltype(tall)::value, decltype(wide)::value>(
-            left, t, in.b.at(p) + v * kTileSize, V, [&](int64_t s) {
-              ahead.ask(in.b.at(next), vectors_of(in.b, next), pass, s);
-              rest.some();
-            });
-      });
-    });
-  }
+  for (int64_t p = p0; p < p1; ++p)
+    sum_panel(left, rows, in.b, p, p + 1 < p1 ? p + 1 : p0, rest, ahead);
   rest.finish();
 }
 
@@ -556,18 +563,8 @@ void step_backward_bf16(const StepBackward<float>& in, int64_t n0, int64_t n1, i
     const TileShape shape(rows.height);
     Rest rest(rows, steps, cells);
     const Ahead ahead(rows, (p1 - p0) * steps * kPanelVectors * kTileSize * 4);
-    for_panels(in.step, p0, p1, [&](int64_t p, int64_t next) {
-      with_int<kPanelVectors>(vectors_of(in.w, p), [&](auto many) {
-        constexpr int V = decltype(many)::value;
-        sum_rows_of<V>(rows, p, rest, [&](int64_t t, auto tall, int v, auto wide, int64_t pass) {
-          add_tiles<decltype(tall)::value, decltype(wide)::value>(
-              left, t, in.w.at(p) + v * kTileSize, V, [&](int64_t s) {
-                ahead.ask(in.w.at(next), vectors_of(in.w, next), pass, s);
-                rest.some();
-              });
-        });
-      });
-    });
+    for_panels(in.step, p0, p1,
+               [&](int64_t p, int64_t next) { sum_panel(left, rows, in.w, p, next, rest, ahead); });
     rest.finish();
   });
 }
