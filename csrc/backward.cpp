@@ -157,7 +157,7 @@ class BackwardPass {
                        right.columns, count, scratch);
     };
     // dz of the rows n, n + 1, ... of the batch, `row` rows into the block.
-    const auto dz_at = [&](int64_t row, int64_t n, int64_t count) {
+    const auto dz_at = [&, batch = batch](int64_t row, int64_t n, int64_t count) {
       return Rows<T>{dz_ + (row + n) * gates, batch * gates, gates, count};
     };
     const int64_t carried = plan.block * batch;  // where dz of the step after the block stands
