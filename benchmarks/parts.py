@@ -162,7 +162,7 @@ def eager_row(case: Case, settings: Settings) -> Row:
     def kernel() -> Any:
         nothing = None, None, None
         threads = settings.threads
-        _core.forward(problem.x, None, None, arrays, y, h, c, *nothing, (), False, threads, False)
+        _core.forward(problem.x, None, None, arrays, y, h, c, *nothing, (), False, threads)
         return y, (h, c)
 
     prepared = {name: PEERS[name].prepare(problem, False, settings.threads) for name in PAIR}

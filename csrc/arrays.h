@@ -173,32 +173,19 @@ inline bool is_exactly_numpy(pybind11::handle object) {
 }
 
 // The array behind `object`; false where it is none of floats in this CPU's memory. Half precision
-// is torch's only; of what the kernels get, only `Gates` have it.
+// is torch's only.
 inline bool view(pybind11::handle object, Array* out) {
   if (is_torch(object))
     return torch.exchange ? detail::view_dlpack(object, out) : detail::view_attributes(object, out);
   return pybind11::isinstance<pybind11::array>(object) && detail::view_numpy(object, out);
 }
 
-// Gates, which may also be in float16.
-struct Gates {
-  Array array;
-};
 }  // namespace fastlstm
 
 namespace pybind11::detail {
 template <>
-struct type_caster<fastlstm::Gates> {
-  PYBIND11_TYPE_CASTER(fastlstm::Gates, const_name("numpy.ndarray | torch.Tensor | None"));
-  bool load(handle source, bool) {
-    return source.is_none() || (fastlstm::view(source, &value.array) && !value.array.brain);
-  }
-};
-template <>
 struct type_caster<fastlstm::Array> {
   PYBIND11_TYPE_CASTER(fastlstm::Array, const_name("numpy.ndarray | torch.Tensor | None"));
-  bool load(handle source, bool) {
-    return source.is_none() || (fastlstm::view(source, &value) && !value.half());
-  }
+  bool load(handle source, bool) { return source.is_none() || fastlstm::view(source, &value); }
 };
 }  // namespace pybind11::detail

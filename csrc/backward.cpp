@@ -9,28 +9,35 @@
 namespace fastlstm {
 namespace {
 
-// A weight matrix (depth, columns) as the right-hand side of dz W, or of dh W_hr.
+// A weight matrix (depth, columns) as the right-hand side of dz W, or of dh W_hr; with `direct`
+// read where it is, if it is of T.
 template <class T>
 struct Right {
-  const T* matrix;
-  int64_t columns;
-  PanelShape shape;
-  Panels<T> panels;
+  const Matrix<T> matrix;
+  const int64_t depth, columns;
+  const PanelShape shape;
+  const bool in_place;
+  Panels<T> panels{};
   int64_t place;
 
-  Right(const T* w, int64_t depth, int64_t width, const Kernels<T>& kernel, bool direct,
+  Right(Matrix<T> w, int64_t depth, int64_t columns, const Kernels<T>& kernel, bool direct,
         Workspace* workspace)
-      : matrix(w), columns(width), shape(width, kernel), panels{} {
-    place = workspace->reserve<T>(direct ? depth * shape.tail_row : shape.packed_size(depth));
+      : matrix(w),
+        depth(depth),
+        columns(columns),
+        shape(columns, kernel),
+        in_place(direct && w.element == Element::full) {
+    place = workspace->reserve<T>(in_place ? depth * shape.tail_row : shape.packed_size(depth));
   }
-  void bind(const Workspace& workspace, int64_t depth, bool direct) {
+  void bind(const Workspace& workspace) {
     const T* memory = workspace.at<T>(place);
-    panels = direct ? shape.in_place(matrix, columns, memory) : shape.packed(memory, depth);
+    panels =
+        in_place ? shape.in_place(matrix.full(), columns, memory) : shape.packed(memory, depth);
   }
-  void pack(const Kernels<T>& kernel, int64_t depth, bool direct, int threads, int id) const {
+  void pack(const Kernels<T>& kernel, int threads, int id) const {
     const auto [p0, p1] = share(shape.count, threads, id);
-    const Rows<const T> rows{matrix, columns, 0, 1};
-    kernel.pack_rows(rows, 0, depth, columns, direct ? std::max(p0, shape.full) : p0, p1, panels);
+    kernel.pack_matrix(matrix, depth, columns, in_place ? std::max(p0, shape.full) : p0, p1,
+                       panels);
   }
 };
 
@@ -47,7 +54,8 @@ class BackwardPass {
         plan_(plan),
         kernel_(kernel),
         state_(in.h0, in.c0, in.sizes, workspace),
-        w_hh_(in.layer.w_hh, 4 * in.sizes.hidden, in.sizes.output, kernel, plan.direct, workspace),
+        w_hh_(in.layer.w_hh, 4 * in.sizes.hidden, needs_w_hh(in) ? in.sizes.output : 0, kernel,
+              plan.direct, workspace),
         w_hr_(in.layer.w_hr, in.sizes.output, in.layer.w_hr ? in.sizes.hidden : 0, kernel,
               plan.direct, workspace),
         w_ih_(in.layer.w_ih, 4 * in.sizes.hidden, in.dx.data ? in.sizes.input : 0, kernel,
@@ -75,9 +83,7 @@ class BackwardPass {
 
   void bind(const Workspace& workspace) {
     state_.bind(workspace);
-    w_hh_.bind(workspace, 4 * in_.sizes.hidden, plan_.direct);
-    w_ih_.bind(workspace, 4 * in_.sizes.hidden, plan_.direct);
-    w_hr_.bind(workspace, in_.sizes.output, plan_.direct);
+    for (Right<T>* w : {&w_hh_, &w_ih_, &w_hr_}) w->bind(workspace);
     x_ = workspace.at<T>(x_place_);
     h_ = workspace.at<T>(h_place_);
     raw_ = workspace.at<T>(raw_place_);
@@ -102,7 +108,7 @@ class BackwardPass {
     const Series<const T> x(in.x, in);
     const Series<const T> y(in.y, in);
     const Series<const T> kept_gates({in.gates, batch * gates, gates, batch}, in);
-    const Series<const uint16_t> half_gates({in.half_gates, batch * gates, gates, batch}, in);
+    const Series<const Float16> half_gates({in.half_gates, batch * gates, gates, batch}, in);
     const Series<const T> kept_cells({in.cells, batch * hidden, hidden, batch}, in);
     const Series<const T> grad_y(in.grad_y, in);
     const Series<T> dx(in.dx, in);
@@ -127,9 +133,7 @@ class BackwardPass {
       T* to = dc.at(0, n);
       for (int64_t j = j0; j < j1; ++j) to[j] = in.grad_c ? in.grad_c[n * hidden + j] : 0;
     }
-    w_hh_.pack(kernel, gates, plan.direct, threads, id);
-    w_ih_.pack(kernel, gates, plan.direct, threads, id);
-    w_hr_.pack(kernel, output, plan.direct, threads, id);
+    for (const Right<T>* w : {&w_hh_, &w_ih_, &w_hr_}) w->pack(kernel, threads, id);
     all_.wait(threads);
 
     // dw rows m.. += strip times rows k.. of packed x or h.
@@ -176,7 +180,7 @@ class BackwardPass {
         step.w = in.layer.w_hr ? w_hr_.panels : w_hh_.panels;
         step.depth = in.layer.w_hr ? output : gates;
         step.gates = in.gates ? kept_gates.block(s, 0, batch) : Rows<const T>{};
-        step.half_gates = in.half_gates ? half_gates.block(s, 0, batch) : Rows<const uint16_t>{};
+        step.half_gates = in.half_gates ? half_gates.block(s, 0, batch) : Rows<const Float16>{};
         step.c = kept_cells.block(s, 0, batch);
         step.dc = dc;
         step.dz = dz_at(row, 0, batch);
@@ -284,6 +288,11 @@ class BackwardPass {
   }
 
  private:
+  // Of a single step nothing goes back through W_hh, but to h0; a projection takes its shape.
+  static bool needs_w_hh(const Backward<T>& in) {
+    return in.sizes.steps > 1 || in.dh0 || in.layer.w_hr;
+  }
+
   // f(s, row in the block, rows) for runs of rows that lie evenly: all of the block where not
   // ragged.
   template <class F>

@@ -15,6 +15,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
+#include "half.h"
 #include "lstm.h"
 #include "plan.h"
 
@@ -27,7 +28,7 @@ using namespace fastlstm;
 // f with a null pointer of the element type that `itemsize` names.
 template <class F>
 auto with_type(int itemsize, F&& f) {
-  return itemsize == 4 ? f(static_cast<float*>(nullptr)) : f(static_cast<double*>(nullptr));
+  return itemsize == 8 ? f(static_cast<double*>(nullptr)) : f(static_cast<float*>(nullptr));
 }
 
 // Element `place` of an array, or null for none.
@@ -74,36 +75,57 @@ struct Shape {
 // Part k of `parts`, the directions of each layer in turn, whose weights stand one part after the
 // other: W_ih, W_hh, b_ih and b_hh if it has biases, W_hr if it has a projection. The same for
 // their gradients.
-template <class T>
 struct Weights {
-  T *ih, *hh, *b_ih = nullptr, *b_hh = nullptr, *hr = nullptr;
+  const Array *ih, *hh, *b_ih = nullptr, *b_hh = nullptr, *hr = nullptr;
 
   Weights(const Arrays& arrays, int parts, int k) {
     const size_t count = arrays.size() / size_t(parts);
     const Array* w = arrays.data() + size_t(k) * count;
-    ih = at<T>(w[0], 0);
-    hh = at<T>(w[1], 0);
+    ih = w;
+    hh = w + 1;
     if (count >= 4) {
-      b_ih = at<T>(w[2], 0);
-      b_hh = at<T>(w[3], 0);
+      b_ih = w + 2;
+      b_hh = w + 3;
     }
-    if (count % 2) hr = at<T>(w[count - 1], 0);
+    if (count % 2) hr = w + count - 1;
   }
 };
 template <class T>
+T* start(const Array* array) {
+  return array ? at<T>(*array, 0) : nullptr;
+}
+template <class T>
+Matrix<T> matrix(const Array* array) {
+  if (!array) return {};
+  return {array->data, element_of(*array)};
+}
+template <class T>
 Layer<T> layer(const Arrays& weights, int parts, int k, bool reverse) {
-  const Weights<const T> w(weights, parts, k);
-  return {w.ih, w.hh, w.b_ih, w.b_hh, w.hr, reverse};
+  const Weights w(weights, parts, k);
+  return {matrix<T>(w.ih),        matrix<T>(w.hh), start<const T>(w.b_ih),
+          start<const T>(w.b_hh), matrix<T>(w.hr), reverse};
 }
 
-// `parts` are the directions of all layers, of which x and y have `directions`.
-void run_parts(const Array& x, const Array& h0, const Array& c0, const Arrays& weights,
-               const Array& y, const Array& h_n, const Array& c_n, const Array& gates,
-               const Array& cells, const Array& raw, const std::vector<int64_t>& batch_sizes,
-               bool reverse, int parts, int directions, int threads, bool in_bf16 = false) {
-  py::gil_scoped_release release;
+// Whether all that is there is bfloat16.
+bool in_bf16(const Arrays& arrays) {
+  return std::all_of(arrays.begin(), arrays.end(),
+                     [](const Array& array) { return !array.data || array.brain; });
+}
+
+// `parts` are the directions of all layers, of which x and y have `directions`. Arrays of float32
+// may come in half precision each.
+void run_parts(Array x, Array h0, Array c0, Arrays weights, Array y, Array h_n, Array c_n,
+               Array gates, Array cells, Array raw, const std::vector<int64_t>& batch_sizes,
+               bool reverse, int parts, int directions, int threads) {
   for (const Array* array : {&y, &gates, &cells, &raw})
     prefer_huge_pages(array->data, array->bytes());
+  const bool exact = in_bf16({x}) && in_bf16(weights);
+  InFloat32 floats(threads);
+  for (Array* array : {&x, &h0, &c0}) floats.input(array);
+  for (Array& weight : weights)
+    if (weight.dims == 1) floats.input(&weight);
+  for (Array* array : {&y, &h_n, &c_n, &cells, &raw}) floats.output(array);
+  floats.read();
   with_type(y.itemsize, [&](auto* type) {
     using E = std::remove_pointer_t<decltype(type)>;
     const Shape shape(x, weights, batch_sizes);
@@ -113,7 +135,7 @@ void run_parts(const Array& x, const Array& h0, const Array& c0, const Arrays& w
       const int d = k % directions;
       const bool backwards = reverse || d == 1;
       passes[size_t(k)] = {{T, N, k < directions ? D : directions * P, H, P},
-                           in_bf16,
+                           exact,
                            shape.ragged(backwards),
                            layer<E>(weights, parts, k, backwards),
                            rows<const E>(x),
@@ -123,42 +145,53 @@ void run_parts(const Array& x, const Array& h0, const Array& c0, const Arrays& w
                            at<E>(h_n, k * N * P),
                            at<E>(c_n, k * N * H),
                            gates.half() ? nullptr : at<E>(gates, k * shape.rows * 4 * H),
-                           gates.half() ? at<uint16_t>(gates, k * shape.rows * 4 * H) : nullptr,
+                           gates.half() ? at<Float16>(gates, k * shape.rows * 4 * H) : nullptr,
                            at<E>(cells, k * shape.rows * H),
                            at<E>(raw, k * shape.rows * H)};
     }
     forward(passes.data(), parts / directions, directions, threads);
   });
+  floats.write();
 }
 
-void run_forward(Array x, Array h0, Array c0, const Arrays& weights, Array y, Array h_n, Array c_n,
-                 Gates kept, Array cells, Array raw, const std::vector<int64_t>& batch_sizes,
-                 bool reverse, int threads, bool in_bf16) {
+void run_forward(Array x, Array h0, Array c0, Arrays weights, Array y, Array h_n, Array c_n,
+                 Array gates, Array cells, Array raw, const std::vector<int64_t>& batch_sizes,
+                 bool reverse, int threads) {
+  py::gil_scoped_release release;
   const int directions = int(y.shape[y.dims - 1] / weights[1].shape[1]);
   const int parts = h_n.dims == 3 ? int(h_n.shape[0]) : 1;
-  run_parts(x, h0, c0, weights, y, h_n, c_n, kept.array, cells, raw, batch_sizes, reverse, parts,
-            directions, threads, in_bf16);
+  run_parts(x, h0, c0, std::move(weights), y, h_n, c_n, gates, cells, raw, batch_sizes, reverse,
+            parts, directions, threads);
 }
 
-void run_backward(Array x, Array h0, Array c0, const Arrays& weights, Array y, Gates kept,
+void run_backward(Array x, Array h0, Array c0, const Arrays& weights, Array y, Array gates,
                   Array cells, Array raw, Array grad_y, Array grad_h, Array grad_c, Array dx,
-                  const Arrays& dweights, Array dh0, Array dc0,
-                  const std::vector<int64_t>& batch_sizes, bool reverse, int threads,
-                  bool in_bf16) {
+                  Arrays dweights, Array dh0, Array dc0, const std::vector<int64_t>& batch_sizes,
+                  bool reverse, int threads) {
   py::gil_scoped_release release;
+  const int directions = gates.dims > 2 ? int(gates.shape[0]) : 1;  // none of a cell
   prefer_huge_pages(dx.data, dx.bytes());
   for (const Array& array : dweights) prefer_huge_pages(array.data, array.bytes());
-  const Array& gates = kept.array;
-  with_type(x.itemsize, [&](auto* type) {
+  const bool exact = in_bf16({x, h0, y, raw}) && in_bf16(weights);
+  const Weights wanted(dweights, directions, 0);
+  InFloat32 floats(threads);
+  if (wanted.ih->data) floats.input(&x);
+  if (wanted.hh->data) floats.input(&y);
+  if (wanted.hr && wanted.hr->data) floats.input(&raw);
+  for (Array* array : {&h0, &c0, &cells, &grad_y, &grad_h, &grad_c}) floats.input(array);
+  for (Array* array : {&dx, &dh0, &dc0}) floats.output(array);
+  for (Array& array : dweights) floats.output(&array);
+  floats.read();
+  with_type(cells.itemsize, [&](auto* type) {
     using E = std::remove_pointer_t<decltype(type)>;
     const Shape shape(x, weights, batch_sizes);
     const auto [T, N, D, H, P] = shape.sizes;
-    const int directions = gates.dims > 2 ? int(gates.shape[0]) : 1;  // none of a cell
     Backward<E> passes[2];
     for (int d = 0; d < directions; ++d) {
-      const Weights<E> dw(dweights, directions, d);
+      const Weights dw(dweights, directions, d);
+      const bool biases = dw.b_ih != nullptr;
       passes[d] = {shape.sizes,
-                   in_bf16,
+                   exact,
                    shape.ragged(reverse || d == 1),
                    layer<E>(weights, directions, d, reverse || d == 1),
                    rows<const E>(x),
@@ -166,27 +199,29 @@ void run_backward(Array x, Array h0, Array c0, const Arrays& weights, Array y, G
                    at<const E>(c0, d * N * H),
                    rows<const E>(y, d * P),
                    gates.half() ? nullptr : at<const E>(gates, d * shape.rows * 4 * H),
-                   gates.half() ? at<const uint16_t>(gates, d * shape.rows * 4 * H) : nullptr,
+                   gates.half() ? at<const Float16>(gates, d * shape.rows * 4 * H) : nullptr,
                    at<const E>(cells, d * shape.rows * H),
                    at<const E>(raw, d * shape.rows * H),
                    rows<const E>(grad_y, d * P),
                    at<const E>(grad_h, d * N * P),
                    at<const E>(grad_c, d * N * H),
                    {at<E>(dx, d * shape.rows * D), N * D, D, N},
-                   dw.ih,
-                   dw.hh,
-                   dw.b_ih ? dw.b_ih : dw.b_hh,
-                   dw.hr,
+                   start<E>(dw.ih),
+                   start<E>(dw.hh),
+                   biases && dw.b_ih->data ? start<E>(dw.b_ih) : start<E>(dw.b_hh),
+                   start<E>(dw.hr),
                    at<E>(dh0, d * N * P),
                    at<E>(dc0, d * N * H)};
     }
     backward(passes, directions, threads);
     // Both biases have the same gradient.
     for (int d = 0; d < directions; ++d) {
-      const Weights<E> dw(dweights, directions, d);
-      if (dw.b_ih && dw.b_hh) std::copy_n(dw.b_ih, 4 * H, dw.b_hh);
+      const Weights dw(dweights, directions, d);
+      if (dw.b_ih && dw.b_ih->data && dw.b_hh->data)
+        std::copy_n(start<E>(dw.b_ih), 4 * H, start<E>(dw.b_hh));
     }
   });
+  floats.write();
 }
 
 // What a layer or a cell is made for. P is proj_size, or 0; `dims` is that of a batched x: 3, or 2
@@ -209,8 +244,8 @@ struct Call {
 };
 
 // Reads a call that can run as it stands: every array of the one dtype, of the shape it must have,
-// and laid out as the kernels read it; tensors in half precision once they are float32. False where
-// it cannot. `packed` is the batch of a ragged x (rows, D), or 0.
+// and laid out as the kernels read it. False where it cannot. `packed` is the batch of a ragged x
+// (rows, D), or 0.
 bool read(py::handle x, py::handle state, py::handle weights, const Made& made, int64_t packed,
           Call* call) {
   const auto [D, H, P, layers, directions, batch_first, dims] = made;
@@ -283,6 +318,33 @@ bool read(py::handle x, py::handle state, py::handle weights, const Made& made, 
   return true;
 }
 
+// Runs layers of which nothing is kept. In half precision one by one, so that each reads the output
+// of the one below rounded to it, as it does where layers are calls of their own.
+void run_layers(Array x, Array h0, Array c0, Arrays weights, Array y, Array h_n, Array c_n,
+                const std::vector<int64_t>& batch_sizes, int layers, int directions, int threads) {
+  py::gil_scoped_release release;
+  if (layers == 1 || !y.half())
+    return run_parts(x, h0, c0, std::move(weights), y, h_n, c_n, {}, {}, {}, batch_sizes, false,
+                     layers * directions, directions, threads);
+  const auto part = [&](const Array& states, int k) {
+    Array some = states;
+    if (!some.data) return some;
+    some.shape[0] = directions;
+    some.data = at<BFloat16>(states, k * directions * states.step[0]);
+    return some;
+  };
+  const auto per_layer = ptrdiff_t(weights.size()) / layers;
+  const Block between(y.bytes());  // a pass has read its input before it writes
+  for (int k = 0; k < layers; ++k) {
+    Array out = y;
+    if (k < layers - 1) out.data = between.data();
+    const auto first = weights.begin() + k * per_layer;
+    run_parts(x, part(h0, k), part(c0, k), {first, first + per_layer}, out, part(h_n, k),
+              part(c_n, k), {}, {}, {}, batch_sizes, false, directions, directions, threads);
+    x = out;
+  }
+}
+
 // Whether read() would. True spares the thorough checks in Python; false says nothing.
 bool fits(py::handle x, py::handle state, py::handle weights, int64_t D, int64_t H, int64_t P,
           int64_t layers, int64_t directions, bool batch_first, int dims, int64_t packed) {
@@ -302,8 +364,7 @@ py::object infer(py::handle x, py::handle state, py::handle weights, int64_t D, 
                                 ? py::tuple(py::reinterpret_borrow<py::list>(state))
                                 : py::reinterpret_borrow<py::object>(state);
   Call call;
-  if (!read(x, states, weights, made, packed, &call) || call.x.half() || !is_torch(x))
-    return py::none();
+  if (!read(x, states, weights, made, packed, &call) || !is_torch(x)) return py::none();
   // Sizes below zero are left out.
   const auto new_tensor = [&](std::initializer_list<int64_t> shape, Array* array) {
     static PyObject* const new_empty = PyUnicode_InternFromString("new_empty");
@@ -342,8 +403,8 @@ py::object infer(py::handle x, py::handle state, py::handle weights, int64_t D, 
   } else if (batch_first && !packed) {
     input = input.swapped();
   }
-  run_parts(input, call.h0, call.c0, call.weights, y, h_n, c_n, {}, {}, {}, batch_sizes, false,
-            int(parts), int(directions), threads);
+  run_layers(input, call.h0, call.c0, std::move(call.weights), y, h_n, c_n, batch_sizes,
+             int(layers), int(directions), threads);
   py::tuple last = py::make_tuple(results[1], results[2]);
   if (dims == 2) return std::move(last);
   return py::make_tuple(results[0], last);

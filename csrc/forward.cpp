@@ -72,7 +72,7 @@ class ForwardPass {
     const Series<const T> x(in.x, in);
     const Series<T> y(in.y, in);
     const Series<T> kept_gates({in.gates, batch * gates, gates, batch}, in);
-    const Series<uint16_t> half_gates({in.half_gates, batch * gates, gates, batch}, in);
+    const Series<Float16> half_gates({in.half_gates, batch * gates, gates, batch}, in);
     const Series<T> kept_cells({in.cells, batch * hidden, hidden, batch}, in);
     const Series<T> kept_raw({in.raw, batch * hidden, hidden, batch}, in);
     const Rows<T> own_raw{raw_, 0, hidden, batch};
@@ -120,13 +120,13 @@ class ForwardPass {
         step.output = output;
         step.start = plan.input_in_step ? Rows<const T>{bias} : z.block(s - s0, 0, batch);
         step.x = x.block(s, 0, batch);
-        step.w_ih = plan.direct ? in.layer.w_ih : w_ih;
-        step.w_hh = plan.direct ? in.layer.w_hh : w_hh;
+        step.w_ih = plan.direct ? in.layer.w_ih : Matrix<T>{w_ih};
+        step.w_hh = plan.direct ? in.layer.w_hh : Matrix<T>{w_hh};
         step.c = in.cells ? kept_cells.block(s, 0, batch) : c_n;
         const Rows<T> raw = in.raw ? kept_raw.block(s, 0, batch) : own_raw;
         step.h = in.layer.w_hr ? raw : y.block(s, 0, batch);
         step.gates = in.gates ? kept_gates.block(s, 0, batch) : Rows<T>{};
-        step.half_gates = in.half_gates ? half_gates.block(s, 0, batch) : Rows<uint16_t>{};
+        step.half_gates = in.half_gates ? half_gates.block(s, 0, batch) : Rows<Float16>{};
         step.scratch = scratch;
         const auto run = plan.direct ? kernel.step_forward_direct : kernel.step_forward;
         // Sequences that go on, then those that begin here.

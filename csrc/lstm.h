@@ -43,6 +43,25 @@ struct Rows {
   operator Rows<const T>() const { return {data, step_t, step_n, batch}; }
 };
 
+// Numbers in half precision, as they lie in memory.
+struct Float16 {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+enum class Element { full, float16, bfloat16 };
+
+// A contiguous row-major matrix of T, or, where T is float, of either half precision.
+template <class T>
+struct Matrix {
+  const void* data = nullptr;
+  Element element = Element::full;
+
+  const T* full() const { return static_cast<const T*>(data); }
+  explicit operator bool() const { return data; }
+};
+
 struct Sizes {
   int64_t steps;   // T >= 1
   int64_t batch;   // N >= 0
@@ -59,60 +78,60 @@ struct Ragged {
   const int64_t* first = nullptr;  // (T) the first of these rows in an array over time
 };
 
-// What both passes read of the layer. Matrices are contiguous, row-major.
+// What both passes read of the layer.
 template <class T>
 struct Layer {
-  const T* w_ih;  // (4H, D)
-  const T* w_hh;  // (4H, P)
-  const T* b_ih;  // (4H) or null
-  const T* b_hh;  // (4H) or null
-  const T* w_hr;  // (P, H), or null: no projection
-  bool reverse;   // time runs from T-1 to 0
+  Matrix<T> w_ih;  // (4H, D)
+  Matrix<T> w_hh;  // (4H, P), of the same elements
+  const T* b_ih;   // (4H) or null
+  const T* b_hh;   // (4H) or null
+  Matrix<T> w_hr;  // (P, H), or null: no projection
+  bool reverse;    // time runs from T-1 to 0
 };
 
 template <class T>
 struct Forward {
   Sizes sizes;
-  bool in_bf16;  // float: x and the weights are bfloat16, so their products may be computed so
+  bool in_bf16;  // float: x and the weights are numbers of bfloat16; products may count on it
   Ragged ragged;
   Layer<T> layer;
-  Rows<const T> x;       // (T, N, D)
-  const T* h0;           // (N, P) or null: zeros
-  const T* c0;           // (N, H) or null: zeros
-  Rows<T> y;             // (T, N, P)  h_t, at the time of x_t
-  T* h_n;                // (N, P) or null
-  T* c_n;                // (N, H), or null where cells is not
-  T* gates;              // (T, N, 4, H) i f g o after their activations, or null: keep nothing
-  uint16_t* half_gates;  // the same in float16, instead of gates
-  T* cells;              // (T, N, H) c_t, or null
-  T* raw;                // (T, N, H) o * tanh(c_t), or null; kept with a projection only
+  Rows<const T> x;      // (T, N, D)
+  const T* h0;          // (N, P) or null: zeros
+  const T* c0;          // (N, H) or null: zeros
+  Rows<T> y;            // (T, N, P)  h_t, at the time of x_t
+  T* h_n;               // (N, P) or null
+  T* c_n;               // (N, H), or null where cells is not
+  T* gates;             // (T, N, 4, H) i f g o after their activations, or null: keep nothing
+  Float16* half_gates;  // the same in float16, instead of gates
+  T* cells;             // (T, N, H) c_t, or null
+  T* raw;               // (T, N, H) o * tanh(c_t), or null; kept with a projection only
 };
 
 // Gradients of a scalar loss. A null output is not computed.
 template <class T>
 struct Backward {
   Sizes sizes;
-  bool in_bf16;  // float: x, h0, y, raw and the weights are bfloat16, likewise
+  bool in_bf16;  // float: x, h0, y, raw and the weights are numbers of bfloat16, likewise
   Ragged ragged;
   Layer<T> layer;
-  Rows<const T> x;             // (T, N, D)
-  const T* h0;                 // (N, P) or null: zeros
-  const T* c0;                 // (N, H) or null: zeros
-  Rows<const T> y;             // (T, N, P)      as the forward pass left it; not read where T is 1
-  const T* gates;              // (T, N, 4, H)   likewise, or null and
-  const uint16_t* half_gates;  // the same in float16
-  const T* cells;              // (T, N, H)      likewise
-  const T* raw;                // (T, N, H)      likewise; null without a projection
-  Rows<const T> grad_y;        // (T, N, P), data null: zeros
-  const T* grad_h;             // (N, P) or null: zeros
-  const T* grad_c;             // (N, H) or null: zeros
-  Rows<T> dx;                  // (T, N, D), data may be null
-  T* dw_ih;                    // (4H, D) or null
-  T* dw_hh;                    // (4H, P) or null
-  T* db;                       // (4H) or null: the gradient of either bias
-  T* dw_hr;                    // (P, H) or null
-  T* dh0;                      // (N, P) or null
-  T* dc0;                      // (N, H) or null
+  Rows<const T> x;            // (T, N, D)
+  const T* h0;                // (N, P) or null: zeros
+  const T* c0;                // (N, H) or null: zeros
+  Rows<const T> y;            // (T, N, P)      as the forward pass left it; not read where T is 1
+  const T* gates;             // (T, N, 4, H)   likewise, or null and
+  const Float16* half_gates;  // the same in float16
+  const T* cells;             // (T, N, H)      likewise
+  const T* raw;               // (T, N, H)      likewise; null without a projection
+  Rows<const T> grad_y;       // (T, N, P), data null: zeros
+  const T* grad_h;            // (N, P) or null: zeros
+  const T* grad_c;            // (N, H) or null: zeros
+  Rows<T> dx;                 // (T, N, D), data may be null
+  T* dw_ih;                   // (4H, D) or null
+  T* dw_hh;                   // (4H, P) or null
+  T* db;                      // (4H) or null: the gradient of either bias
+  T* dw_hr;                   // (P, H) or null
+  T* dh0;                     // (N, P) or null
+  T* dc0;                     // (N, H) or null
 };
 
 // threads >= 1 is the most that may be used. Throw std::bad_alloc and nothing else.

@@ -1,4 +1,4 @@
-"""Half precision in the kernels: gates in float16, and products of numbers that are bfloat16.
+"""Half precision in the core: arrays in it, gates in float16, and products of bfloat16.
 
 What half precision is for a user is tested in test_nn.py.
 """
@@ -13,10 +13,16 @@ import torch
 
 _core = fastlstm._core
 TILES = "amx"  # the ISA with products of bfloat16
+TINY = torch.finfo(torch.float32).tiny
+HALF = [torch.float16, torch.bfloat16]
+every_half = pytest.mark.parametrize("half", HALF, ids=str)
 
 
 class Problem:
-    """A layer in one direction whose weights, input and states are bfloat16 in float32."""
+    """A layer in one direction whose weights, input and h0 are exact in bfloat16.
+
+    Given as float32 or, with `in_bf16`, as bfloat16. Results are float32 in either case.
+    """
 
     def __init__(self, T, N, D, H, P=0, batch_sizes=(), reverse=False, seed=0):
         torch.manual_seed(seed)
@@ -39,19 +45,26 @@ class Problem:
         results = [torch.empty(*self.time, P or H), torch.empty(N, P or H), torch.empty(N, H)]
         kept = [torch.empty(1, *self.time, 4 * H, dtype=gates), torch.empty(1, *self.time, H)]
         kept.append(torch.empty(1, *self.time, H) if P else None)
-        last = self.batch_sizes, self.reverse, threads, in_bf16
-        _core.forward(self.x, self.h0, self.c0, self.weights, *results, *kept, *last)
+        as_given = torch.Tensor.bfloat16 if in_bf16 else torch.Tensor.float
+        x, h0, *weights = map(as_given, (self.x, self.h0, *self.weights))
+        last = self.batch_sizes, self.reverse, threads
+        _core.forward(x, h0, self.c0, weights, *results, *kept, *last)
         return [*results, *kept]
 
     def backward(self, kept, *, in_bf16=False, threads=1):
         """Return the gradients of x, h0, c0 and the weights."""
-        # As half precision keeps them.
-        y, raw = (None if t is None else t.bfloat16().float() for t in (kept[0], kept[5]))
         given = [self.x, self.h0, self.c0, *self.weights]
         dx, dh0, dc0, *dweights = (torch.empty_like(t) for t in given)
+        # As half precision keeps them.
+        y, raw = (None if t is None else t.bfloat16().float() for t in (kept[0], kept[5]))
+
+        def as_given(tensor):
+            return tensor.bfloat16() if in_bf16 and tensor is not None else tensor
+
+        x, h0, y, raw, *weights = map(as_given, (self.x, self.h0, y, raw, *self.weights))
         _core.backward(
-            *given[:3], self.weights, y, kept[3], kept[4], raw, *self.grads, dx, dweights, dh0, dc0,
-            self.batch_sizes, self.reverse, threads, in_bf16,
+            x, h0, self.c0, weights, y, kept[3], kept[4], raw, *self.grads, dx, dweights, dh0, dc0,
+            self.batch_sizes, self.reverse, threads,
         )  # fmt: skip
         return [dx, dh0, dc0, *dweights]
 
@@ -153,20 +166,99 @@ def test_gates_in_float16(isa_of_half, sizes):
         assert torch.equal(a, b)
 
 
-def test_every_float16_is_read(isa_of_half):
-    """With c_{t-1} = 1 and the other gates 1, dL/dc_{t-1} is the forget gate."""
-    halves = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
-    H = len(halves)
-    gates = torch.ones(1, 4 * H, dtype=torch.float16)
-    gates[0, H : 2 * H] = halves
-    x, weights = torch.zeros(1, 1), [torch.zeros(4 * H, 1), torch.zeros(4 * H, 1)]
+def gradient_of_c(grad_c, forget, out):
+    """dL/dc_{t-1} of a step with this dL/dc_t and forget gate, and 1 for the other gates."""
+    H = len(out)
+    gates = torch.ones(1, 4 * H, dtype=forget.dtype)
+    gates[0, H : 2 * H] = forget
     # As of a projection, whose H is not its P, so that W_hh is small.
+    x, weights = torch.zeros(1, 1), [torch.zeros(4 * H, 1), torch.zeros(4 * H, 1)]
     weights += [torch.zeros(1, H)]
-    h0, c0, dc0 = torch.zeros(1, 1), torch.ones(1, H), torch.empty(1, H)
-    nothing = [None] * 3
     kept = gates, torch.zeros(1, H), torch.zeros(1, H)
-    grads = None, torch.zeros(1, 1), torch.ones(1, H)
-    _core.backward(
-        x, h0, c0, weights, None, *kept, *grads, None, nothing, None, dc0, (), False, 1, False
-    )
-    torch.testing.assert_close(dc0[0], halves.float(), rtol=0, atol=0, equal_nan=True)
+    states, grads = (torch.zeros(1, 1), torch.zeros(1, H)), (None, None, grad_c[None])
+    results = None, [None] * 3, None, out[None]
+    _core.backward(x, *states, weights, None, *kept, *grads, *results, (), False, 1)
+    return out
+
+
+def every_number(half):
+    return torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(half)
+
+
+def test_every_gate_in_float16_is_read(isa_of_half):
+    halves = every_number(torch.float16)
+    found = gradient_of_c(torch.ones(len(halves)), halves, torch.empty(len(halves)))
+    torch.testing.assert_close(found, halves.float(), rtol=0, atol=0, equal_nan=True)
+
+
+@every_half
+def test_every_number_in_half_precision_is_read(isa_of_half, half):
+    numbers = every_number(half)
+    found = gradient_of_c(numbers, torch.ones(len(numbers)), torch.empty(len(numbers)))
+    expected = numbers.float()
+    expected[expected.abs() < TINY] = 0  # arithmetic of the kernels
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@every_half
+def test_numbers_are_rounded_to_half_precision_as_by_torch(isa_of_half, half):
+    exact = every_number(half).float().sort().values
+    between = (exact[:-1] + exact[1:]) / 2  # ties
+    around = [torch.nextafter(between, torch.full_like(between, end)) for end in (-1e38, 1e38)]
+    ends = torch.tensor([65519.9, 65520.0, 3.4e38, torch.inf, -torch.inf, torch.nan])
+    numbers = torch.cat([exact, between, *around, ends, torch.randn(1003)])
+    numbers = numbers[(numbers.abs() >= TINY) | (numbers == 0) | numbers.isnan()]
+    found = gradient_of_c(numbers, torch.ones(len(numbers)), torch.empty(len(numbers), dtype=half))
+    torch.testing.assert_close(found, numbers.to(half), rtol=0, atol=0, equal_nan=True)
+
+
+@every_size
+@every_half
+@pytest.mark.parametrize("threads", [1, 3])
+def test_arrays_in_half_precision(isa_of_half, sizes, half, threads):
+    """Any of them: what is read counts as in float32, what is written is rounded."""
+
+    def to(dtype, *tensors):
+        return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+
+    def rounded(*tensors):
+        return to(torch.float32, *to(half, *tensors))
+
+    problem = Problem(**sizes)
+    time, N, H, P = problem.time, len(problem.h0), problem.H, problem.P
+    h0, c0, *weights = rounded(problem.h0, problem.c0, *problem.weights)
+    grads = rounded(*problem.grads)
+    wide = torch.empty(*time, problem.x.shape[-1] + 3, dtype=half)
+    x = wide[..., :-3].copy_(problem.x)  # rows with gaps between
+    shapes = [(*time, P or H), (N, P or H), (N, H), (1, *time, 4 * H), (1, *time, H)]
+    last = problem.batch_sizes, problem.reverse, threads
+
+    def forward(given, wanted):
+        results = [torch.empty(shape, dtype=wanted) for shape in shapes]
+        results[3] = results[3].float()  # gates: see above
+        results.append(torch.empty_like(results[4]) if P else None)
+        inputs = *to(given, x, h0, c0), to(given, *weights)
+        _core.forward(*inputs, *results, *last)
+        return results
+
+    def backward(kept, given, wanted):
+        like = x.float(), h0, c0, *weights
+        results = dx, dh0, dc0, *dweights = [torch.empty_like(t, dtype=wanted) for t in like]
+        y, _, _, gates, *cells = kept
+        kept = *to(given, y), gates, *to(given, *cells)
+        inputs = *to(given, x, h0, c0), to(given, *weights)
+        _core.backward(*inputs, *kept, *to(given, *grads), dx, dweights, dh0, dc0, *last)
+        return results
+
+    kept = forward(half, torch.float32)
+    kept_half = forward(half, half)
+    exact = kept + backward(kept_half, half, torch.float32)
+    found = kept_half + backward(kept_half, half, half)
+    for place, (a, b) in enumerate(zip(found, exact, strict=True)):
+        assert a is b is None or torch.equal(a, b.to(a.dtype)), place
+    if half == torch.bfloat16 and isa_of_half == TILES:
+        return  # products of their own
+    plain = forward(torch.float32, torch.float32)
+    plain += backward(kept_half, torch.float32, torch.float32)
+    for place, (a, b) in enumerate(zip(exact, plain, strict=True)):
+        assert a is b is None or torch.equal(a, b), place

@@ -61,15 +61,15 @@ struct StepForward {
   int64_t output;       // P, the columns of h_prev
   Rows<const T> start;  // (N, 4H); step_n 0 for a bias
   Rows<const T> x;      // (N, D)
-  const T* w_ih;        // gate panels (see pack_gates), or (4H, D) as it is for step_forward_direct
+  Matrix<T> w_ih;       // gate panels (see pack_gates), or (4H, D) as it is for step_forward_direct
   Rows<const T> h_prev;
-  const T* w_hh;  // gate panels, or (4H, P) as it is
+  Matrix<T> w_hh;  // gate panels, or (4H, P) as it is
   Rows<const T> c_prev;
   Rows<T> c;
   Rows<T> h;
-  Rows<T> gates;              // data null: not kept
-  Rows<uint16_t> half_gates;  // or in float16; data null likewise
-  T* scratch;                 // memory of `scratch_size`
+  Rows<T> gates;             // data null: not kept
+  Rows<Float16> half_gates;  // or in float16; data null likewise
+  T* scratch;                // memory of `scratch_size`
 };
 
 // One time step back. dh = grad_y + grad_h + next W, then dz, and dc in place. Without a projection
@@ -84,7 +84,7 @@ struct StepBackward {
   int64_t depth;         // K
   Panels<T> w;           // plain panels
   Rows<const T> gates;
-  Rows<const uint16_t> half_gates;  // in float16, where gates is null
+  Rows<const Float16> half_gates;  // in float16, where gates is null
   Rows<const T> c_prev;
   Rows<const T> c;
   Rows<T> dc;
@@ -109,12 +109,15 @@ struct Kernels {
 
   // Panels p0 <= p < p1 of W (4H, K) as B = W^T with the gates interleaved: [p][k][gate][VL],
   // zeros beyond H.
-  void (*pack_gates)(const T* w, int64_t hidden, int64_t depth, int64_t p0, int64_t p1, T* out);
+  void (*pack_gates)(Matrix<T> w, int64_t hidden, int64_t depth, int64_t p0, int64_t p1, T* out);
   // Rows k0 <= k < k0 + count of B from b, columns of panels p0 <= p < p1, to their place in `to`.
   void (*pack_rows)(Rows<const T> b, int64_t k0, int64_t count, int64_t columns, int64_t p0,
                     int64_t p1, Panels<T> to);
+  // All rows of W (depth, columns) likewise.
+  void (*pack_matrix)(Matrix<T> w, int64_t depth, int64_t columns, int64_t p0, int64_t p1,
+                      Panels<T> to);
   // Panels p0 <= p < p1 of B = W^T to their place in `to`, from W (columns, depth).
-  void (*pack_columns)(const T* w, int64_t depth, int64_t columns, int64_t p0, int64_t p1,
+  void (*pack_columns)(Matrix<T> w, int64_t depth, int64_t columns, int64_t p0, int64_t p1,
                        Panels<T> to);
   // out[m - m0][k] = a[k][m] for m0 <= m < m1, k < count; `step` between the rows of out, or their
   // place in memory of its own for kernels of bfloat16. The rows of a are evenly spaced, by
@@ -135,6 +138,11 @@ struct Kernels {
   void (*step_forward_direct)(const StepForward<T>&, int64_t n0, int64_t n1, int64_t p0,
                               int64_t p1);
   void (*step_backward)(const StepBackward<T>&, int64_t n0, int64_t n1, int64_t p0, int64_t p1);
+
+  // Numbers in half precision from and to those of T, rounded to nearest, ties to even. Nothing for
+  // a T that is not float.
+  void (*widen)(const void* from, Element, int64_t count, T* to);
+  void (*narrow)(const T* from, int64_t count, Element, void* to);
 
   void (*map)(Function, const T* x, T* y, int64_t count);
   // Runs `count` rounds of independent fused multiply-adds in registers; returns the operations

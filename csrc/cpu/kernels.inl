@@ -51,37 +51,25 @@ FASTLSTM_INLINE void for_panels(int64_t step, int64_t p0, int64_t p1, F&& f) {
   }
 }
 
-// Lanes of a partial vector, or all of them at compile time. Memory of float16 is of floats.
+// Lanes of a partial vector, or all of them at compile time.
 struct AllLanes {
-  FASTLSTM_INLINE Vec<float> get(const uint16_t* p) const { return from_half(p); }
-  FASTLSTM_INLINE void put(uint16_t* p, Vec<float> v) const { to_half(p, v); }
-  template <class T>
-  FASTLSTM_INLINE Vec<T> get(const T* p) const {
+  template <class S>
+  FASTLSTM_INLINE auto get(const S* p) const {
     return load(p);
   }
-  template <class T>
-  FASTLSTM_INLINE void put(T* p, Vec<T> v) const {
+  template <class S, class V>
+  FASTLSTM_INLINE void put(S* p, V v) const {
     store(p, v);
   }
 };
 struct FirstLanes {
   int64_t width;
-  FASTLSTM_INLINE Vec<float> get(const uint16_t* p) const {
-    uint16_t all[lanes<float>()] = {};
-    __builtin_memcpy(all, p, uint64_t(width) * sizeof *p);
-    return from_half(all);
-  }
-  FASTLSTM_INLINE void put(uint16_t* p, Vec<float> v) const {
-    uint16_t all[lanes<float>()];
-    to_half(all, v);
-    __builtin_memcpy(p, all, uint64_t(width) * sizeof *p);
-  }
-  template <class T>
-  FASTLSTM_INLINE Vec<T> get(const T* p) const {
+  template <class S>
+  FASTLSTM_INLINE auto get(const S* p) const {
     return load(p, width);
   }
-  template <class T>
-  FASTLSTM_INLINE void put(T* p, Vec<T> v) const {
+  template <class S, class V>
+  FASTLSTM_INLINE void put(S* p, V v) const {
     store(p, v, width);
   }
 };
@@ -91,6 +79,27 @@ FASTLSTM_INLINE void with_lanes(int64_t left, F&& f) {
     f(AllLanes());
   else
     f(FirstLanes{left});
+}
+
+template <class S>
+struct Type {
+  using type = S;
+};
+
+// f(Type<S>()) for the type S that `element` is of T.
+template <class T, class F>
+FASTLSTM_INLINE void with_type(Element element, F&& f) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (element == Element::float16) return f(Type<Float16>());
+    if (element == Element::bfloat16) return f(Type<BFloat16>());
+  }
+  f(Type<T>());
+}
+// f(pointer to the elements of a matrix).
+template <class T, class F>
+FASTLSTM_INLINE void with_elements(const Matrix<T>& w, F&& f) {
+  with_type<T>(w.element,
+               [&](auto type) { f(static_cast<const typename decltype(type)::type*>(w.data)); });
 }
 
 // Panels that do not fit into L2 come from afar. Each tile of a panel brings in one part of the
@@ -155,8 +164,8 @@ FASTLSTM_INLINE void multiply(const T* const (&a)[M], int64_t depth, const T* b,
 
 // to[c * to_step + r] = from[r * from_step + c] for r < rows, c < columns; zeros for rows <= r <
 // VL.
-template <class T>
-FASTLSTM_INLINE void transpose_strip(const T* from, int64_t from_step, int64_t rows,
+template <class T, class S>
+FASTLSTM_INLINE void transpose_strip(const S* from, int64_t from_step, int64_t rows,
                                      int64_t columns, T* to, int64_t to_step, int64_t width) {
   constexpr int VL = lanes<T>();
   for (int64_t c = 0; c < columns; c += VL) {
@@ -183,17 +192,19 @@ FASTLSTM_INLINE void transpose_strip(const T* from, int64_t from_step, int64_t r
 }
 
 template <class T>
-void pack_gates(const T* w, int64_t hidden, int64_t depth, int64_t p0, int64_t p1, T* out) {
+void pack_gates(Matrix<T> matrix, int64_t hidden, int64_t depth, int64_t p0, int64_t p1, T* out) {
   constexpr int VL = lanes<T>();
   constexpr int64_t row = kPanelVectors * VL;
-  for (int64_t p = p0; p < p1; ++p)
-    for (int64_t gate = 0; gate < kPanelVectors; ++gate)
-      transpose_strip(w + (gate * hidden + p * VL) * depth, depth, hidden - p * VL, depth,
-                      out + p * depth * row + gate * VL, row, VL);
+  with_elements(matrix, [&](auto* w) {
+    for (int64_t p = p0; p < p1; ++p)
+      for (int64_t gate = 0; gate < kPanelVectors; ++gate)
+        transpose_strip(w + (gate * hidden + p * VL) * depth, depth, hidden - p * VL, depth,
+                        out + p * depth * row + gate * VL, row, VL);
+  });
 }
 
-template <class T>
-void pack_rows(Rows<const T> b, int64_t k0, int64_t count, int64_t columns, int64_t p0, int64_t p1,
+template <class T, class S>
+void pack_rows(Rows<const S> b, int64_t k0, int64_t count, int64_t columns, int64_t p0, int64_t p1,
                Panels<T> to) {
   constexpr int VL = lanes<T>();
   for (int64_t p = p0; p < p1; ++p) {
@@ -201,13 +212,23 @@ void pack_rows(Rows<const T> b, int64_t k0, int64_t count, int64_t columns, int6
     const int64_t step = to.step(p);
     T* out = const_cast<T*>(to.at(p)) + k0 * step;
     for (int64_t k = 0; k < count; ++k, out += step) {
-      const T* from = b.row(k) + first;
+      const S* from = b.row(k) + first;
       for (int64_t v = 0; v < step; v += VL) {
         const int64_t left = columns - first - v;
         store(out + v, left >= VL ? load(from + v) : load(from + v, left));
       }
     }
   }
+}
+
+template <class T>
+void pack_matrix(Matrix<T> matrix, int64_t depth, int64_t columns, int64_t p0, int64_t p1,
+                 Panels<T> to) {
+  with_type<T>(matrix.element, [&](auto type) {
+    using S = typename decltype(type)::type;
+    const Rows<const S> rows{static_cast<const S*>(matrix.data), columns};
+    pack_rows(rows, 0, depth, columns, p0, p1, to);
+  });
 }
 
 template <class T>
@@ -222,15 +243,17 @@ void transpose(Rows<const T> a, int64_t count, int64_t m0, int64_t m1, T* out, i
 }
 
 template <class T>
-void pack_columns(const T* w, int64_t depth, int64_t columns, int64_t p0, int64_t p1,
+void pack_columns(Matrix<T> matrix, int64_t depth, int64_t columns, int64_t p0, int64_t p1,
                   Panels<T> to) {
   constexpr int VL = lanes<T>();
-  for (int64_t p = p0; p < p1; ++p)
-    for (int64_t v = 0; v < to.step(p); v += VL) {
-      const int64_t first = p * kPanelVectors * VL + v;
-      transpose_strip(w + first * depth, depth, columns - first, depth,
-                      const_cast<T*>(to.at(p)) + v, to.step(p), VL);
-    }
+  with_elements(matrix, [&](auto* w) {
+    for (int64_t p = p0; p < p1; ++p)
+      for (int64_t v = 0; v < to.step(p); v += VL) {
+        const int64_t first = p * kPanelVectors * VL + v;
+        transpose_strip(w + first * depth, depth, columns - first, depth,
+                        const_cast<T*>(to.at(p)) + v, to.step(p), VL);
+      }
+  });
 }
 
 template <class T>
@@ -407,8 +430,8 @@ void step_forward(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p0, 
           const T* ahead = next_part(w + next * depth * row, n - n0, depth);
           multiply<T, M, 4>(a, depth, w + p * depth * row, row, ahead, z);
         };
-        add(in.x, in.input, in.w_ih);
-        add(in.h_prev, in.output, in.w_hh);
+        add(in.x, in.input, in.w_ih.full());
+        add(in.h_prev, in.output, in.w_hh.full());
         for (int r = 0; r < M; ++r) cell_forward<T>(in, n + r, unit, z[r], part);
       });
     });
@@ -416,8 +439,8 @@ void step_forward(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p0, 
 }
 
 // total[r][m] += a[m][k] * w[r][k], summed over k within the lanes, for R neighbouring rows of w.
-template <class T, int R, int M>
-FASTLSTM_INLINE void dot_rows(const T* const (&a)[M], int64_t depth, const T* w,
+template <class T, class S, int R, int M>
+FASTLSTM_INLINE void dot_rows(const T* const (&a)[M], int64_t depth, const S* w,
                               Vec<T> (&total)[R][M]) {
   constexpr int VL = lanes<T>();
   const auto add = [&](int64_t k, auto part) {
@@ -444,10 +467,10 @@ FASTLSTM_INLINE void dot_rows(const T* const (&a)[M], int64_t depth, const T* w,
 }
 
 // z[m] = start + the products of one gate for the units from `unit` on, of which `width` are there.
-template <class T, int M, class L>
-FASTLSTM_INLINE void dot_units(const StepForward<T>& in, const T* const (&x)[M],
-                               const T* const (&h)[M], int64_t n, int64_t gate, int64_t unit,
-                               int64_t width, L part, Vec<T> (&z)[M]) {
+template <class T, class S, int M, class L>
+FASTLSTM_INLINE void dot_units(const StepForward<T>& in, const S* w_ih, const S* w_hh,
+                               const T* const (&x)[M], const T* const (&h)[M], int64_t n,
+                               int64_t gate, int64_t unit, int64_t width, L part, Vec<T> (&z)[M]) {
   constexpr int VL = lanes<T>();
   constexpr int R = VL < 4 ? VL : 4;  // rows of weights at a time share the loads of x and h
   Vec<T> sums[M][VL];
@@ -455,8 +478,8 @@ FASTLSTM_INLINE void dot_units(const StepForward<T>& in, const T* const (&x)[M],
     constexpr int C = decltype(count)::value;
     Vec<T> total[C][M] = {};
     const int64_t row = gate * in.hidden + unit + l;
-    dot_rows<T>(x, in.input, in.w_ih + row * in.input, total);
-    dot_rows<T>(h, in.output, in.w_hh + row * in.output, total);
+    dot_rows<T>(x, in.input, w_ih + row * in.input, total);
+    dot_rows<T>(h, in.output, w_hh + row * in.output, total);
     for (int r = 0; r < C; ++r)
       for (int m = 0; m < M; ++m) sums[m][l + r] = total[r][m];
   };
@@ -473,10 +496,9 @@ FASTLSTM_INLINE void dot_units(const StepForward<T>& in, const T* const (&x)[M],
 // cells side by side.
 constexpr int64_t kDirectPanels = 4;
 
-// The same step on weights as they are, along their rows: for so few rows of x that packing the
-// weights would cost more than it saves.
-template <class T>
-void step_forward_direct(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p0, int64_t p1) {
+template <class T, class S>
+FASTLSTM_INLINE void step_along_rows(const StepForward<T>& in, const S* w_ih, const S* w_hh,
+                                     int64_t n0, int64_t n1, int64_t p0, int64_t p1) {
   constexpr int VL = lanes<T>();
   const int64_t H = in.hidden;
   const int64_t most = n1 - n0 > kTileRows ? 1 : kDirectPanels;  // more tiles: the weights in L2
@@ -495,7 +517,7 @@ void step_forward_direct(const StepForward<T>& in, int64_t n0, int64_t n1, int64
           const int64_t unit = (first + p) * VL;
           const int64_t width = H - unit < VL ? H - unit : VL;
           with_lanes<T>(H - unit, [&](auto part) {
-            dot_units<T>(in, x, h, n, gate, unit, width, part, z[gate][p]);
+            dot_units<T>(in, w_ih, w_hh, x, h, n, gate, unit, width, part, z[gate][p]);
           });
         }
       for (int64_t p = 0; p < count; ++p)
@@ -506,6 +528,15 @@ void step_forward_direct(const StepForward<T>& in, int64_t n0, int64_t n1, int64
         });
     });
   }
+}
+
+// The same step on weights as they are, along their rows: for so few rows of x that packing the
+// weights would cost more than it saves.
+template <class T>
+void step_forward_direct(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p0, int64_t p1) {
+  with_elements(in.w_ih, [&](auto* w_ih) {
+    step_along_rows(in, w_ih, static_cast<decltype(w_ih)>(in.w_hh.data), n0, n1, p0, p1);
+  });
 }
 
 // ---- the step backward --------------------------------------------------------------------------
@@ -584,6 +615,26 @@ void step_backward(const StepBackward<T>& in, int64_t n0, int64_t n1, int64_t p0
   });
 }
 
+// ---- half precision -----------------------------------------------------------------------------
+
+template <class T>
+void widen(const void* from, Element element, int64_t count, T* to) {
+  with_type<T>(element, [&](auto type) {
+    const auto* const halves = static_cast<const typename decltype(type)::type*>(from);
+    for (int64_t k = 0; k < count; k += lanes<T>())
+      with_lanes<T>(count - k, [&](auto part) { part.put(to + k, part.get(halves + k)); });
+  });
+}
+
+template <class T>
+void narrow(const T* from, int64_t count, Element element, void* to) {
+  with_type<T>(element, [&](auto type) {
+    auto* const halves = static_cast<typename decltype(type)::type*>(to);
+    for (int64_t k = 0; k < count; k += lanes<T>())
+      with_lanes<T>(count - k, [&](auto part) { part.put(halves + k, part.get(from + k)); });
+  });
+}
+
 // ---- for tests and benchmarks -------------------------------------------------------------------
 
 template <class T>
@@ -627,6 +678,7 @@ constexpr Kernels<T> table() {
           [](int64_t, int64_t) { return int64_t(0); },
           pack_gates<T>,
           pack_rows<T>,
+          pack_matrix<T>,
           pack_columns<T>,
           transpose<T>,
           sum_rows<T>,
@@ -635,6 +687,8 @@ constexpr Kernels<T> table() {
           step_forward<T>,
           step_forward_direct<T>,
           step_backward<T>,
+          widen<T>,
+          narrow<T>,
           map<T>,
           fma_loop<T>};
 }

@@ -93,7 +93,8 @@ FASTLSTM_INLINE Vec<float> second_term(Vec<float> v) {
   return (Vec<float>)((Bits<float>)rest + 0x8000);
 }
 
-FASTLSTM_INLINE Vec<float> load_some(const float* from, int64_t left) {
+template <class S>
+FASTLSTM_INLINE Vec<float> load_some(const S* from, int64_t left) {
   return left >= kSide ? load(from) : left > 0 ? load(from, left) : Vec<float>{};
 }
 
@@ -357,7 +358,8 @@ FASTLSTM_INLINE void for_parts(int64_t m0, int64_t m1, int64_t terms, F&& f) {
 // ---- pack ---------------------------------------------------------------------------------------
 
 // A tile of B = W^T: `columns` rows of W, from `w` on, and `depth` of their elements.
-FASTLSTM_INLINE void pack_tile(const float* w, int64_t step, int64_t columns, int64_t depth,
+template <class S>
+FASTLSTM_INLINE void pack_tile(const S* w, int64_t step, int64_t columns, int64_t depth,
                                float* out) {
   Vec<float> block[kSide];
   for (int64_t j = 0; j < kSide; ++j)
@@ -368,15 +370,17 @@ FASTLSTM_INLINE void pack_tile(const float* w, int64_t step, int64_t columns, in
   for (int64_t k = 0; k < kSide; ++k) store(out + k * kPairRow, block[k]);
 }
 
-void pack_gates_bf16(const float* w, int64_t hidden, int64_t depth, int64_t p0, int64_t p1,
+void pack_gates_bf16(Matrix<float> matrix, int64_t hidden, int64_t depth, int64_t p0, int64_t p1,
                      float* out) {
   const int64_t steps = k_steps(depth);
-  for (int64_t p = p0; p < p1; ++p)
-    for (int64_t s = 0; s < steps; ++s)
-      for (int64_t gate = 0; gate < kPanelVectors; ++gate)
-        pack_tile(w + (gate * hidden + p * kSide) * depth + s * kDepthOfTile, depth,
-                  hidden - p * kSide, depth - s * kDepthOfTile,
-                  out + ((p * steps + s) * kPanelVectors + gate) * kTileSize);
+  with_elements(matrix, [&](auto* w) {
+    for (int64_t p = p0; p < p1; ++p)
+      for (int64_t s = 0; s < steps; ++s)
+        for (int64_t gate = 0; gate < kPanelVectors; ++gate)
+          pack_tile(w + (gate * hidden + p * kSide) * depth + s * kDepthOfTile, depth,
+                    hidden - p * kSide, depth - s * kDepthOfTile,
+                    out + ((p * steps + s) * kPanelVectors + gate) * kTileSize);
+  });
 }
 
 // The vectors of a panel, whose rows take half a float for each column.
@@ -384,23 +388,26 @@ FASTLSTM_INLINE int64_t vectors_of(const Panels<float>& panels, int64_t p) {
   return panels.step(p) / (kSide / 2);
 }
 
-void pack_columns_bf16(const float* w, int64_t depth, int64_t columns, int64_t p0, int64_t p1,
+void pack_columns_bf16(Matrix<float> matrix, int64_t depth, int64_t columns, int64_t p0, int64_t p1,
                        Panels<float> to) {
-  for (int64_t p = p0; p < p1; ++p) {
-    const int64_t vectors = vectors_of(to, p);
-    for (int64_t s = 0; s < k_steps(depth); ++s)
-      for (int64_t v = 0; v < vectors; ++v) {
-        const int64_t first = (p * kPanelVectors + v) * kSide;
-        pack_tile(w + first * depth + s * kDepthOfTile, depth, columns - first,
-                  depth - s * kDepthOfTile,
-                  const_cast<float*>(to.at(p)) + (s * vectors + v) * kTileSize);
-      }
-  }
+  with_elements(matrix, [&](auto* w) {
+    for (int64_t p = p0; p < p1; ++p) {
+      const int64_t vectors = vectors_of(to, p);
+      for (int64_t s = 0; s < k_steps(depth); ++s)
+        for (int64_t v = 0; v < vectors; ++v) {
+          const int64_t first = (p * kPanelVectors + v) * kSide;
+          pack_tile(w + first * depth + s * kDepthOfTile, depth, columns - first,
+                    depth - s * kDepthOfTile,
+                    const_cast<float*>(to.at(p)) + (s * vectors + v) * kTileSize);
+        }
+    }
+  });
 }
 
 // Rows come one after the other, so an even one may clear the place of the odd one after it, and
 // the last the rest of its k-step.
-void pack_rows_bf16(Rows<const float> b, int64_t k0, int64_t count, int64_t columns, int64_t p0,
+template <class S>
+void pack_rows_bf16(Rows<const S> b, int64_t k0, int64_t count, int64_t columns, int64_t p0,
                     int64_t p1, Panels<float> to) {
   const int64_t end = k0 + count, cleared = k_steps(end) * kDepthOfTile;
   for (int64_t p = p0; p < p1; ++p) {
@@ -409,12 +416,12 @@ void pack_rows_bf16(Rows<const float> b, int64_t k0, int64_t count, int64_t colu
       float* const out = const_cast<float*>(to.at(p)) + k / kDepthOfTile * vectors * kTileSize +
                          k % kDepthOfTile / 2 * kPairRow;
       const bool here = k < end, pair = k % 2 == 0 && k + 1 < end;
-      const float* const row = here ? b.row(k - k0) + first : nullptr;
-      const float* const after = pair ? b.row(k + 1 - k0) + first : nullptr;
+      const S* const row = here ? b.row(k - k0) + first : nullptr;
+      const S* const after = pair ? b.row(k + 1 - k0) + first : nullptr;
       for (int64_t v = 0; v < vectors; ++v) {
         float* const place = out + v * kTileSize;
         const int64_t left = columns - first - v * kSide;
-        const auto bits = [&](const float* from) {
+        const auto bits = [&](const S* from) {
           return (Bits<float>)load_some(from + v * kSide, left);
         };
         if (pair)
@@ -429,6 +436,15 @@ void pack_rows_bf16(Rows<const float> b, int64_t k0, int64_t count, int64_t colu
       k += pair ? 2 : 1;
     }
   }
+}
+
+void pack_matrix_bf16(Matrix<float> matrix, int64_t depth, int64_t columns, int64_t p0, int64_t p1,
+                      Panels<float> to) {
+  with_type<float>(matrix.element, [&](auto type) {
+    using S = typename decltype(type)::type;
+    const Rows<const S> rows{static_cast<const S*>(matrix.data), columns};
+    pack_rows_bf16(rows, 0, depth, columns, p0, p1, to);
+  });
 }
 
 // ---- products and steps -------------------------------------------------------------------------
@@ -534,8 +550,8 @@ void step_forward_bf16(const StepForward<float>& in, int64_t n0, int64_t n1, int
                 rest.some();
               });
         };
-        add(x, in.w_ih);
-        add(h, in.w_hh);
+        add(x, in.w_ih.full());
+        add(h, in.w_hh.full());
       });
     });
     rest.finish();
@@ -578,7 +594,8 @@ constexpr Kernels<float> tiles_table() {
   kernels.strip_depth = 1024;
   kernels.scratch_size = terms_size;
   kernels.pack_gates = pack_gates_bf16;
-  kernels.pack_rows = pack_rows_bf16;
+  kernels.pack_rows = pack_rows_bf16<float>;
+  kernels.pack_matrix = pack_matrix_bf16;
   kernels.pack_columns = pack_columns_bf16;
   kernels.transpose = transpose_bf16;
   kernels.sum_rows = sum_rows_bf16;

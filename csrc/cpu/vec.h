@@ -187,33 +187,33 @@ FASTLSTM_INLINE Vec<double> ldexp(Vec<double> v, Vec<double> n) {
 }
 #endif
 
-// A vector of floats from and to memory of float16, to nearest, ties to even.
+// A vector of floats from and to memory in half precision, to nearest, ties to even.
 #if defined(__AVX512F__)
-FASTLSTM_INLINE Vec<float> from_half(const uint16_t* p) {
+FASTLSTM_INLINE Vec<float> load(const Float16* p) {
   return _mm512_maskz_cvtph_ps(__mmask16(-1), _mm256_loadu_si256((const __m256i*)p));
 }
-FASTLSTM_INLINE void to_half(uint16_t* p, Vec<float> v) {
+FASTLSTM_INLINE void store(Float16* p, Vec<float> v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(__mmask16(-1), v, 0));
 }
 #elif defined(__F16C__)
-FASTLSTM_INLINE Vec<float> from_half(const uint16_t* p) {
+FASTLSTM_INLINE Vec<float> load(const Float16* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 }
-FASTLSTM_INLINE void to_half(uint16_t* p, Vec<float> v) {
+FASTLSTM_INLINE void store(Float16* p, Vec<float> v) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, 0));
 }
 #elif defined(__aarch64__)
-FASTLSTM_INLINE Vec<float> from_half(const uint16_t* p) {
-  return (Vec<float>)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+FASTLSTM_INLINE Vec<float> load(const Float16* p) {
+  return (Vec<float>)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
 }
-FASTLSTM_INLINE void to_half(uint16_t* p, Vec<float> v) {
-  vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
+FASTLSTM_INLINE void store(Float16* p, Vec<float> v) {
+  vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
 }
 #else
-FASTLSTM_INLINE Vec<float> from_half(const uint16_t* p) {
+FASTLSTM_INLINE Vec<float> load(const Float16* p) {
   Vec<float> v;
   for (int l = 0; l < lanes<float>(); ++l) {
-    const uint32_t sign = uint32_t(p[l] & 0x8000) << 16, rest = p[l] & 0x7fff;
+    const uint32_t sign = uint32_t(p[l].bits & 0x8000) << 16, rest = p[l].bits & 0x7fff;
     uint32_t bits = (rest << 13) + (uint32_t(127 - 15) << 23);
     if (rest >= 0x7c00) bits += uint32_t(255 - 31 - (127 - 15)) << 23;  // infinity, NaN
     float f;
@@ -223,7 +223,7 @@ FASTLSTM_INLINE Vec<float> from_half(const uint16_t* p) {
   }
   return v;
 }
-FASTLSTM_INLINE void to_half(uint16_t* p, Vec<float> v) {
+FASTLSTM_INLINE void store(Float16* p, Vec<float> v) {
   for (int l = 0; l < lanes<float>(); ++l) {
     const float f = v[l], size = f < 0 ? -f : f;
     uint32_t bits;
@@ -242,10 +242,39 @@ FASTLSTM_INLINE void to_half(uint16_t* p, Vec<float> v) {
     } else {
       half = (bits - (uint32_t(127 - 15) << 23) + 0xfff + (bits >> 13 & 1)) >> 13;
     }
-    p[l] = uint16_t(sign | half);
+    p[l].bits = uint16_t(sign | half);
   }
 }
 #endif
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+FASTLSTM_INLINE Vec<float> load(const BFloat16* p) {
+  Halves halves;
+  __builtin_memcpy(&halves, p, sizeof halves);
+  return (Vec<float>)(__builtin_convertvector(halves, Bits<float>) << 16);
+}
+FASTLSTM_INLINE void store(BFloat16* p, Vec<float> v) {
+  const Bits<float> bits = (Bits<float>)v;
+  const Bits<float> rounded = bits + 0x7fff + (bits >> 16 & 1), quiet = bits | 0x400000;
+  const Bits<float> kept = v == v ? rounded : quiet;
+  const Halves halves = __builtin_convertvector(kept >> 16, Halves);
+  __builtin_memcpy(p, &halves, sizeof halves);
+}
+template <class Half>
+FASTLSTM_INLINE Vec<float> load_halves(const Half* p, int64_t n) {
+  Half all[lanes<float>()] = {};
+  __builtin_memcpy(all, p, uint64_t(n) * sizeof *p);
+  return load(all);
+}
+template <class Half>
+FASTLSTM_INLINE void store_halves(Half* p, Vec<float> v, int64_t n) {
+  Half all[lanes<float>()];
+  store(all, v);
+  __builtin_memcpy(p, all, uint64_t(n) * sizeof *p);
+}
+FASTLSTM_INLINE Vec<float> load(const Float16* p, int64_t n) { return load_halves(p, n); }
+FASTLSTM_INLINE Vec<float> load(const BFloat16* p, int64_t n) { return load_halves(p, n); }
+FASTLSTM_INLINE void store(Float16* p, Vec<float> v, int64_t n) { store_halves(p, v, n); }
+FASTLSTM_INLINE void store(BFloat16* p, Vec<float> v, int64_t n) { store_halves(p, v, n); }
 
 template <class T>
 FASTLSTM_INLINE T sum(Vec<T> v) {

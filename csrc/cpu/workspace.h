@@ -1,5 +1,5 @@
 // Memory: huge pages, the scratch memory of passes that run together, and the blocks that Python
-// holds for one step of training.
+// holds for one step of training, or a call in half precision for its floats.
 #pragma once
 
 #include <sys/mman.h>

@@ -25,7 +25,6 @@ def forward(
     batch_sizes: Sequence[int],
     reverse: bool,
     threads: int,
-    in_bf16: bool,
     /,
 ) -> None: ...
 def backward(
@@ -47,7 +46,6 @@ def backward(
     batch_sizes: Sequence[int],
     reverse: bool,
     threads: int,
-    in_bf16: bool,
     /,
 ) -> None: ...
 def fits(x: object, state: object, weights: object, /, *sizes: int) -> bool: ...

@@ -97,7 +97,7 @@ def run_forward(
     tape = LayerTape(x, weights, h0, c0, y, len(h_n), reverse) if need_tape else None
     gates, cells = (None, None) if tape is None else (tape._gates, tape._cells)
     kept = gates, cells, None
-    _core.forward(x, h0, c0, weights, y, h_n, c_n, *kept, (), reverse, get_num_threads(), False)
+    _core.forward(x, h0, c0, weights, y, h_n, c_n, *kept, (), reverse, get_num_threads())
     return tape
 
 
@@ -131,7 +131,6 @@ def run_backward(
         (),
         tape._reverse,
         get_num_threads(),
-        False,
     )
     x = dx[0] if directions == 1 else np.add(dx[0], dx[1], out=dx[0])
     return DirectionGradients(x, dh0, dc0, dweights)

@@ -14,7 +14,7 @@ from torch import Tensor
 HALF = (torch.bfloat16, torch.float16)
 
 # For each kind of device that has kernels; `_cuda_layer` adds its own where they are switched on.
-# The CPU's take half precision `widened`.
+# The CPU's compute half precision in float32.
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {"cpu": (torch.float32, torch.float64, *HALF)}
 
 

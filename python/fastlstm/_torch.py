@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import _composite, _core
-from ._tensors import HALF, narrowed
 
 # torch gives its memory away through DLPack's C table (since 2.10) or attribute by attribute.
 _core.use_torch(Tensor, Parameter, getattr(Tensor, "__dlpack_c_exchange_api__", None))
@@ -44,7 +43,9 @@ def as_float16(gates: Tensor | None) -> Tensor | None:
     They lie between -1 and 1, where float16 is eight times finer than bfloat16: that makes 1 of a
     forget gate of 0.998, an error that grows with every step back.
     """
-    return None if gates is None else gates.view(torch.float16)
+    if gates is None or gates.dtype != torch.bfloat16:
+        return gates
+    return gates.view(torch.float16)
 
 
 def run_forward(
@@ -55,32 +56,23 @@ def run_forward(
     directions: int,
     batch_sizes: Sequence[int],
     keep: bool,
-    half: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Kept]:
     """Run one layer on x (T, N, D), h0 (directions, N, P) and c0 (directions, N, H).
 
     A state of None is zeros; the weights stand one direction after the other; P is H without a
     projection. Where `batch_sizes` is not empty the batch is ragged: (rows,) stands for (T, N).
     Returns y (T, N, directions*P), h_n, c_n, and with `keep` gates (directions, T, N, 4H), cells
-    and, with a projection, h before it (directions, T, N, H). `half` tells of float32 that it
-    holds numbers of that dtype; then the gates are kept in it.
+    and, with a projection, h before it (directions, T, N, H).
     """
     if x.is_cuda:
         from . import _cuda_layer
 
         return _cuda_layer.run_forward(x, h0, c0, weights, directions, batch_sizes, keep)
-    if x.dtype in HALF:
-        dtype = x.dtype
-        args = converted(torch.float32, *weights), directions, batch_sizes, keep
-        x, h0, c0 = converted(torch.float32, x, h0, c0)
-        *found, (gates, cells, raw) = run_forward(x, h0, c0, *args, dtype)
-        y, h_n, c_n = narrowed(dtype, *found)
-        return y, h_n, c_n, (gates, *converted(dtype, cells, raw))
-    y, h_n, c_n, kept = new_results(x, weights, directions, batch_sizes, keep, half)
+    y, h_n, c_n, kept = new_results(x, weights, directions, batch_sizes, keep)
     gates, cells, raw = kept
-    given = gates if half is None else as_float16(gates), cells, raw
-    last = False, torch.get_num_threads(), half is torch.bfloat16
-    _core.forward(x, h0, c0, weights, y, h_n, c_n, *given, batch_sizes, *last)
+    given = as_float16(gates), cells, raw
+    last = batch_sizes, False, torch.get_num_threads()
+    _core.forward(x, h0, c0, weights, y, h_n, c_n, *given, *last)
     return y, h_n, c_n, kept
 
 
@@ -90,7 +82,6 @@ def new_results(
     directions: int,
     batch_sizes: Sequence[int],
     keep: bool,
-    half: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Kept]:
     """Return memory for what :func:`run_forward` returns."""
     *time, _ = x.shape
@@ -103,12 +94,12 @@ def new_results(
     c_n = x.new_empty(directions, N, H)
     large = type(x) is Tensor and x.is_cpu and 16 * y.numel() >= _core.LARGE
 
-    def new(dtype: torch.dtype, *shape: int) -> Tensor:
-        return memory_of_a_step(dtype, *shape) if large else x.new_empty(shape, dtype=dtype)
+    def new(*shape: int) -> Tensor:
+        return memory_of_a_step(x.dtype, *shape) if large else x.new_empty(shape)
 
-    gates = new(half or x.dtype, directions, *time, 4 * H) if keep else None
-    cells = new(x.dtype, directions, *time, H) if keep else None
-    raw = new(x.dtype, directions, *time, H) if keep and projects else None
+    gates = new(directions, *time, 4 * H) if keep else None
+    cells = new(directions, *time, H) if keep else None
+    raw = new(directions, *time, H) if keep and projects else None
     return y, h_n, c_n, (gates, cells, raw)
 
 
@@ -123,18 +114,6 @@ def memory_of_a_step(dtype: torch.dtype, *shape: int) -> Tensor:
     storage = torch.frombuffer(_core.block(size), dtype=dtype).untyped_storage()
     new = torch.empty(0, dtype=dtype, device="cpu")
     return new.set_(storage).resize_(shape)  # not a view of a tensor
-
-
-def converted(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
-    """Return tensors in another dtype, contiguous, in memory of a step: see `_tensors.widened`."""
-
-    def convert(tensor: Tensor) -> Tensor:
-        large = tensor.numel() * dtype.itemsize >= _core.LARGE
-        if not large or type(tensor) not in (Tensor, Parameter) or not tensor.is_cpu:
-            return tensor.to(dtype, memory_format=torch.contiguous_format)
-        return memory_of_a_step(dtype, *tensor.shape).copy_(tensor)
-
-    return [None if tensor is None else convert(tensor) for tensor in tensors]
 
 
 def memory_like(weight: Tensor) -> Tensor:
@@ -208,7 +187,6 @@ def run_backward(
     kept: Kept,
     grads: tuple[Tensor | None, ...],
     needed: tuple[bool, ...],
-    in_bf16: bool = False,
 ) -> Grads:
     """Return the gradients of x, h0, c0 and the weights, None for those not needed.
 
@@ -222,12 +200,7 @@ def run_backward(
 
         assert y is not None
         return _cuda_layer.run_backward(layer, inputs, y, kept, grads, needed)
-    if x.dtype in HALF:
-        gates, cells, raw = kept
-        y, cells, raw = converted(torch.float32, y, cells, raw)
-        wide, wide_grads = (converted(torch.float32, *tensors) for tensors in (inputs, grads))
-        args = wide, y, (as_float16(gates), cells, raw), tuple(wide_grads), needed
-        return narrowed(x.dtype, *run_backward(layer, *args, x.dtype == torch.bfloat16))
+    gates, cells, raw = kept
     directions, batch_sizes = layer or (1, ())
     grad_y, grad_h, grad_c = map(gradient, grads)
     needs_x, needs_h0, needs_c0, *needs_weights = needed
@@ -236,7 +209,7 @@ def run_backward(
         dx = (
             torch.empty_like(x, memory_format=torch.contiguous_format)
             if directions == 1
-            else x.new_empty(2, *x.shape)
+            else x.new_empty(2, *x.shape, dtype=None if x.dtype == torch.float64 else torch.float32)
         )
     if needs_h0:
         dh0 = torch.empty_like(h0)
@@ -251,7 +224,9 @@ def run_backward(
         c0,
         weights,
         y,
-        *kept,
+        as_float16(gates),
+        cells,
+        raw,
         None if grad_y is None else rows(grad_y),
         None if grad_h is None else grad_h.contiguous(),
         None if grad_c is None else grad_c.contiguous(),
@@ -262,10 +237,9 @@ def run_backward(
         batch_sizes,
         False,
         torch.get_num_threads(),
-        in_bf16,
     )
     if directions == 2 and dx is not None:
-        dx = dx[0].add_(dx[1])
+        dx = dx[0].add_(dx[1]).to(x.dtype)
     return (dx, dh0, dc0, *dweights)
 
 
@@ -318,21 +292,13 @@ def run_step(
     c0: Tensor | None,
     weights: list[Tensor],
     keep: bool,
-    half: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Run one step of a cell on x (N, D): h and c (N, H) and, with `keep`, gates and cells."""
-    if x.dtype in HALF:
-        dtype = x.dtype
-        x, h0, c0 = converted(torch.float32, x, h0, c0)
-        wide = converted(torch.float32, *weights)
-        h, c, gates, cells = run_step(x, h0, c0, wide, keep, dtype)
-        h, c, cells = narrowed(dtype, h, c, cells)
-        return h, c, gates, cells
     N, H = x.shape[0], weights[1].shape[1]
     h, c = x.new_empty(N, H), x.new_empty(N, H)
-    gates = x.new_empty((N, 4 * H), dtype=half or x.dtype) if keep else None
+    gates = x.new_empty(N, 4 * H) if keep else None
     cells = torch.empty_like(c) if keep else None
-    given = gates if half is None else as_float16(gates), cells, None
-    last = False, torch.get_num_threads(), half is torch.bfloat16
-    _core.forward(x, h0, c0, weights, h, None, c, *given, (), *last)
+    given = as_float16(gates), cells, None
+    last = (), False, torch.get_num_threads()
+    _core.forward(x, h0, c0, weights, h, None, c, *given, *last)
     return h, c, gates, cells
