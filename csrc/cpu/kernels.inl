@@ -385,24 +385,24 @@ void outer(Rows<const T> a, Rows<const T> b, int64_t count, int64_t columns, int
 
 // ---- the step forward ---------------------------------------------------------------------------
 
-// The cell: gates, c and h of one vector of units of batch row n, from z.
-template <class T, class L>
-FASTLSTM_INLINE void cell_forward(const StepForward<T>& in, int64_t n, int64_t unit,
-                                  const Vec<T> (&z)[4], L part) {
+// The cells of R batch rows from n on: gates, c and h of one vector of units each, from z.
+template <class T, int R, class L>
+FASTLSTM_INLINE void cells_forward(const StepForward<T>& in, int64_t n, int64_t unit,
+                                   const Vec<T> (*z)[4], L part) {
   const int64_t H = in.hidden;
-  const Vec<T> i = sigmoid<T>(z[0]);
-  const Vec<T> f = sigmoid<T>(z[1]);
-  const Vec<T> g = tanh<T>(z[2]);
-  const Vec<T> o = sigmoid<T>(z[3]);
-  const Vec<T> c = fma(f, part.get(in.c_prev.at(0, n) + unit), i * g);
-  part.put(in.c.at(0, n) + unit, c);
-  part.put(in.h.at(0, n) + unit, o * tanh<T>(c));
+  Vec<T> gates[4][R], c[R];
+  for (int gate = 0; gate < 4; ++gate)
+    for (int r = 0; r < R; ++r)
+      gates[gate][r] = gate == 2 ? tanh<T>(z[r][gate]) : sigmoid<T>(z[r][gate]);
+  const auto& [i, f, g, o] = gates;
+  for (int r = 0; r < R; ++r)
+    c[r] = fma(f[r], part.get(in.c_prev.at(0, n + r) + unit), i[r] * g[r]);
+  for (int r = 0; r < R; ++r) part.put(in.c.at(0, n + r) + unit, c[r]);
+  for (int r = 0; r < R; ++r) part.put(in.h.at(0, n + r) + unit, o[r] * tanh<T>(c[r]));
   const auto keep = [&](auto rows) {
-    auto* gates = rows.at(0, n) + unit;
-    part.put(gates, i);
-    part.put(gates + H, f);
-    part.put(gates + 2 * H, g);
-    part.put(gates + 3 * H, o);
+    for (int r = 0; r < R; ++r)
+      for (int gate = 0; gate < 4; ++gate)
+        part.put(rows.at(0, n + r) + unit + gate * H, gates[gate][r]);
   };
   if (in.gates.data) keep(in.gates);
   if constexpr (sizeof(T) == sizeof(float))
@@ -432,7 +432,7 @@ void step_forward(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p0, 
         };
         add(in.x, in.input, in.w_ih.full());
         add(in.h_prev, in.output, in.w_hh.full());
-        for (int r = 0; r < M; ++r) cell_forward<T>(in, n + r, unit, z[r], part);
+        for (int r = 0; r < M; ++r) cells_forward<T, 1>(in, n + r, unit, z + r, part);
       });
     });
   });
@@ -522,9 +522,10 @@ FASTLSTM_INLINE void step_along_rows(const StepForward<T>& in, const S* w_ih, co
         }
       for (int64_t p = 0; p < count; ++p)
         with_lanes<T>(H - (first + p) * VL, [&](auto part) {
-          for (int m = 0; m < M; ++m)
-            cell_forward<T>(in, n + m, (first + p) * VL,
-                            {z[0][p][m], z[1][p][m], z[2][p][m], z[3][p][m]}, part);
+          for (int m = 0; m < M; ++m) {
+            const Vec<T> one[1][4] = {{z[0][p][m], z[1][p][m], z[2][p][m], z[3][p][m]}};
+            cells_forward<T, 1>(in, n + m, (first + p) * VL, one, part);
+          }
         });
     });
   }

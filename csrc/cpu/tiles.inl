@@ -31,15 +31,14 @@ template <int Tile>
 FASTLSTM_INLINE void tile_zero() {
   __asm__ volatile("tilezero %%tmm%c0" ::"i"(Tile));
 }
+// `step` floats from row to row.
 template <int Tile>
-FASTLSTM_INLINE void tile_load(const float* from) {
-  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(int64_t(64)), "i"(Tile)
-                   : "memory");
+FASTLSTM_INLINE void tile_load(const float* from, int64_t step = kSide) {
+  __asm__ volatile("tileloadd (%0,%1,4), %%tmm%c2" ::"r"(from), "r"(step), "i"(Tile) : "memory");
 }
 template <int Tile>
-FASTLSTM_INLINE void tile_store(float* to) {
-  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(int64_t(64)), "i"(Tile)
-                   : "memory");
+FASTLSTM_INLINE void tile_store(float* to, int64_t step = kSide) {
+  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,4)" ::"r"(to), "r"(step), "i"(Tile) : "memory");
 }
 template <int C, int A, int B>
 FASTLSTM_INLINE void tile_multiply() {
@@ -234,27 +233,59 @@ struct alignas(64) Sums {
   float of[2][kPanelVectors][kSide][kSide];
 };
 
+// Where the sums of one or two tiles of rows and the vectors of a panel stand: floats from row to
+// row, from vector to vector, from tile to tile.
+struct Place {
+  float* data;
+  int64_t row, vector, tile;
+  Place(Sums* sums)
+      : data(&sums->of[0][0][0][0]),
+        row(kSide),
+        vector(kTileSize),
+        tile(kPanelVectors * kTileSize) {}
+  Place(float* data, int64_t row, int64_t vector, int64_t tile)
+      : data(data), row(row), vector(vector), tile(tile) {}
+};
+
+// What add(Int<M>(), first vector, Int<W>()) adds to the sums of M row tiles and of W vectors from
+// `first` on, which begin with what is there or, if `fresh`, with zeros.
 template <int M, int W, class Add>
-FASTLSTM_INLINE void sum_tiles(int first, Sums* sums, Add&& add) {
-  tile_zero<0>();
-  tile_zero<1>();
-  tile_zero<2>();
-  tile_zero<3>();
-  add(Int<M>(), first, Int<W>());
-  const auto put = [&](auto place) {
-    constexpr int C = decltype(place)::value, kWide = M == 2 ? 2 : 4;
-    if constexpr (C / kWide < M && C % kWide < W)
-      tile_store<C>(&sums->of[C / kWide][first + C % kWide][0][0]);
+FASTLSTM_INLINE void sum_tiles(int first, bool fresh, const Place& sums, Add&& add) {
+  const auto each = [&](auto&& f) {
+    const auto one = [&](auto number) {
+      constexpr int C = decltype(number)::value, kWide = M == 2 ? 2 : 4;
+      if constexpr (C / kWide < M && C % kWide < W)
+        f(number, sums.data + C / kWide * sums.tile + (first + C % kWide) * sums.vector);
+    };
+    one(Int<0>());
+    one(Int<1>());
+    one(Int<2>());
+    one(Int<3>());
   };
-  put(Int<0>());
-  put(Int<1>());
-  put(Int<2>());
-  put(Int<3>());
+  if (fresh)
+    each([](auto tile, float*) { tile_zero<decltype(tile)::value>(); });
+  else
+    each([&](auto tile, float* at) { tile_load<decltype(tile)::value>(at, sums.row); });
+  add(Int<M>(), first, Int<W>());
+  each([&](auto tile, float* at) { tile_store<decltype(tile)::value>(at, sums.row); });
 }
 
-// What is to be done with sums, row by row: f(panel, row, sums of its vectors, kTileSize apart). It
-// is done while the tiles multiply for the next sums, which leaves the vector units free.
-template <class F>
+// The same of V vectors and of row tiles from t on, two if there are.
+template <int V, class Add>
+FASTLSTM_INLINE void sum_rows_at(const RowTiles& rows, int64_t t, bool fresh, const Place& sums,
+                                 Add&& add) {
+  if (t + 1 < rows.tiles) {
+    sum_tiles<2, V == 1 ? 1 : 2>(0, fresh, sums, add);
+    if constexpr (V > 2) sum_tiles<2, V - 2>(2, fresh, sums, add);
+  } else {
+    sum_tiles<1, V>(0, fresh, sums, add);
+  }
+}
+
+// What is to be done with sums, R rows at a time: f(panel, first row, sums of its vectors,
+// kTileSize apart, Int<rows>). It is done while the tiles multiply for the next sums, which leaves
+// the vector units free.
+template <int R, class F>
 class Rest {
  public:
   // A product has so many k-steps; two row tiles take it twice, for two vectors each.
@@ -275,45 +306,40 @@ class Rest {
     count_ = left < tiles * rows_.height ? left : tiles * rows_.height;
   }
   FASTLSTM_INLINE void some() {
-    for (int64_t i = 0; i < each_ && done_ < count_; ++i) one();
+    due_ += each_;
+    for (; due_ >= R && done_ < count_; due_ -= R) next_rows();
   }
   void finish() {
-    while (done_ < count_) one();
+    while (done_ < count_) next_rows();
+    due_ = 0;
   }
 
  private:
-  __attribute__((noinline)) void one() {
-    const int64_t tile = done_ >= rows_.height;
-    f_(panel_, first_ + done_, sums_[current_].of[tile][0][done_ - tile * rows_.height]);
-    ++done_;
+  __attribute__((noinline)) void next_rows() {
+    const int64_t tile = done_ >= rows_.height, row = done_ - tile * rows_.height;
+    const int64_t past = tile || count_ < rows_.height ? count_ : rows_.height;
+    with_int<R>(past - done_, [&](auto many) {
+      f_(panel_, first_ + done_, sums_[current_].of[tile][0][row], many);
+      done_ += decltype(many)::value;
+    });
   }
 
   Sums sums_[2];
   F f_;
   const RowTiles rows_;
-  int64_t each_, panel_ = 0, first_ = 0, done_ = 0, count_ = 0;
+  int64_t each_, due_ = 0, panel_ = 0, first_ = 0, done_ = 0, count_ = 0;
   int current_ = 0;
 };
 
-// The sums of all row tiles, two at a time, with a panel of V vectors.
-// add(first row tile, Int<row tiles>, first vector, Int<vectors>, pass) adds to them.
-template <int V, class F, class Add>
-FASTLSTM_INLINE void sum_rows_of(const RowTiles& rows, int64_t panel, Rest<F>& rest, Add&& add) {
-  constexpr int kFirst = V == 1 ? 1 : 2;  // vectors at a time, of two row tiles
-  int64_t t = 0, pass = 0;
-  const auto sum = [&](auto many, int first, auto wide) {
-    sum_tiles<decltype(many)::value, decltype(wide)::value>(
-        first, rest.next(), [&](auto m, int v, auto w) { add(t, m, v, w, pass); });
-    ++pass;
-  };
-  for (; t + 2 <= rows.tiles; t += 2) {
-    sum(Int<2>(), 0, Int<kFirst>());
-    if constexpr (V > 2) sum(Int<2>(), 2, Int<V - 2>());
-    rest.are(panel, t, 2);
-  }
-  if (t < rows.tiles) {
-    sum(Int<1>(), 0, Int<V>());
-    rest.are(panel, t, 1);
+// The sums of all row tiles, two at a time, with a panel of V vectors, and what `rest` does with
+// them. add(first row tile, Int<row tiles>, first vector, Int<vectors>, pass) adds to them.
+template <int V, int R, class F, class Add>
+FASTLSTM_INLINE void sum_rows_of(const RowTiles& rows, int64_t panel, Rest<R, F>& rest, Add&& add) {
+  int64_t pass = 0;
+  for (int64_t t = 0; t < rows.tiles; t += 2) {
+    sum_rows_at<V>(rows, t, true, rest.next(),
+                   [&](auto m, int v, auto w) { add(t, m, v, w, pass++); });
+    rest.are(panel, t, t + 1 < rows.tiles ? 2 : 1);
   }
 }
 
@@ -451,9 +477,9 @@ void pack_matrix_bf16(Matrix<float> matrix, int64_t depth, int64_t columns, int6
 
 // The sums of all row tiles with panel p of B, and what `rest` does with them; `next` is the panel
 // after it.
-template <int Terms, class F>
+template <int Terms, int R, class F>
 FASTLSTM_INLINE void sum_panel(const Left<Terms>& left, const RowTiles& rows,
-                               const Panels<float>& b, int64_t p, int64_t next, Rest<F>& rest,
+                               const Panels<float>& b, int64_t p, int64_t next, Rest<R, F>& rest,
                                const Ahead& ahead) {
   with_int<kPanelVectors>(vectors_of(b, p), [&](auto many) {
     constexpr int V = decltype(many)::value;
@@ -467,30 +493,78 @@ FASTLSTM_INLINE void sum_panel(const Left<Terms>& left, const RowTiles& rows,
   });
 }
 
+// A product whose columns are those of gates.
 template <int Terms>
-void product_of(const Left<Terms>& left, const RowTiles& rows, int64_t m, const Product<float>& in,
-                int64_t p0, int64_t p1) {
-  const TileShape shape(rows.height);
-  const int64_t vector_step = in.columns.gates ? in.columns.count : kSide;
-  const auto put = [&](int64_t p, int64_t row, const float* sums) {
-    const int64_t first = p * (in.columns.gates ? kSide : kPanelVectors * kSide);
-    float* const c = in.c.row(m + row) + first;
-    for (int64_t v = 0; v < vectors_of(in.b, p); ++v) {
-      float* const to = c + v * vector_step;
-      const int64_t left = in.columns.count - first - (in.columns.gates ? 0 : v * kSide);
-      with_lanes<float>(left, [&](auto part) {
-        Vec<float> sum = load(sums + v * kTileSize);
-        if (in.start) sum += part.get(in.start + first + v * vector_step);
-        if (in.accumulate) sum += part.get((const float*)to);
-        part.put(to, sum);
-      });
-    }
+void product_of_gates(const Left<Terms>& left, const RowTiles& rows, int64_t m,
+                      const Product<float>& in, int64_t p0, int64_t p1) {
+  const auto put = [&](int64_t p, int64_t row, const float* sums, Int<1>) {
+    const int64_t unit = p * kSide, H = in.columns.count;
+    float* const c = in.c.row(m + row) + unit;
+    with_lanes<float>(H - unit, [&](auto part) {
+      for (int64_t gate = 0; gate < kPanelVectors; ++gate) {
+        Vec<float> sum = load(sums + gate * kTileSize);
+        if (in.start) sum += part.get(in.start + unit + gate * H);
+        if (in.accumulate) sum += part.get((const float*)c + gate * H);
+        part.put(c + gate * H, sum);
+      }
+    });
   };
-  Rest rest(rows, left.steps, put);
+  const TileShape shape(rows.height);
+  Rest<1, decltype(put)> rest(rows, left.steps, put);
   const Ahead ahead(rows, (p1 - p0) * left.steps * kPanelVectors * kTileSize * 4);
   for (int64_t p = p0; p < p1; ++p)
     sum_panel(left, rows, in.b, p, p + 1 < p1 ? p + 1 : p0, rest, ahead);
   rest.finish();
+}
+
+// A product whose sums begin with C, or with zeros: the tiles are those of C itself, but at its
+// edges, where they are copies.
+template <int Terms>
+void product_of(const Left<Terms>& left, const RowTiles& rows, int64_t m, const Product<float>& in,
+                int64_t p0, int64_t p1) {
+  const Rows<float>& c = in.c;
+  const bool even = c.batch == 1 || c.step_t == c.batch * c.step_n;
+  const int64_t step = c.batch == 1 ? c.step_t : c.step_n;
+  const TileShape shape(rows.height);
+  const Ahead ahead(rows, (p1 - p0) * left.steps * kPanelVectors * kTileSize * 4);
+  Sums edge;
+  for (int64_t p = p0; p < p1; ++p) {
+    const float* const b = in.b.at(p);
+    const int64_t next = p + 1 < p1 ? p + 1 : p0;
+    const int64_t first = p * kPanelVectors * kSide;
+    int64_t pass = 0;
+    with_int<kPanelVectors>(vectors_of(in.b, p), [&](auto many) {
+      constexpr int V = decltype(many)::value;
+      for (int64_t t = 0; t < rows.tiles; t += 2) {
+        const int64_t row = t * rows.height, height = (t + 1 < rows.tiles ? 2 : 1) * rows.height;
+        const int64_t count = rows.count - row < height ? rows.count - row : height;
+        const bool whole = even && count == height && first + V * kSide <= in.columns.count;
+        const auto copy = [&](bool out) {
+          for (int64_t r = 0; r < count; ++r)
+            for (int v = 0; v < V; ++v) {
+              float* const at = c.row(m + row + r) + first + v * kSide;
+              float* const to = edge.of[r / rows.height][v][r % rows.height];
+              with_lanes<float>(in.columns.count - first - v * kSide, [&](auto part) {
+                if (out)
+                  part.put(at, load((const float*)to));
+                else
+                  store(to, part.get((const float*)at));
+              });
+            }
+        };
+        if (!whole && in.accumulate) copy(false);
+        const Place sums =
+            whole ? Place(c.row(m + row) + first, step, kSide, rows.height * step) : Place(&edge);
+        sum_rows_at<V>(rows, t, !in.accumulate, sums, [&](auto tall, int v, auto wide) {
+          add_tiles<decltype(tall)::value, decltype(wide)::value>(
+              left, t, b + v * kTileSize, V,
+              [&](int64_t s) { ahead.ask(in.b.at(next), vectors_of(in.b, next), pass, s); });
+          ++pass;
+        });
+        if (!whole) copy(true);
+      }
+    });
+  }
 }
 
 template <int Terms>
@@ -498,7 +572,8 @@ void product_of_rows(const Product<float>& in, int64_t m0, int64_t m1, int64_t p
   const int64_t terms = Terms * k_steps(in.depth) * kDepthOfTile;
   for_parts(m0, m1, terms, [&](int64_t m, const RowTiles& rows) {
     const auto row = [&](int64_t r) { return in.a.row(m + r); };
-    product_of(split<Terms>(rows, in.depth, in.scratch, row), rows, m, in, p0, p1);
+    const auto left = split<Terms>(rows, in.depth, in.scratch, row);
+    (in.columns.gates ? product_of_gates<Terms> : product_of<Terms>)(left, rows, m, in, p0, p1);
   });
 }
 
@@ -518,6 +593,10 @@ void product_bf16(const Product<float>& in, int64_t m0, int64_t m1, int64_t p0, 
   }
 }
 
+// With so many k-steps the cells of a row are done while the tiles multiply. With fewer they take
+// longer than the tiles; two rows side by side then fill the gaps in each other's operations.
+constexpr int64_t kStepsOfCell = 12;
+
 void step_forward_bf16(const StepForward<float>& in, int64_t n0, int64_t n1, int64_t p0,
                        int64_t p1) {
   constexpr int V = kPanelVectors;
@@ -527,34 +606,41 @@ void step_forward_bf16(const StepForward<float>& in, int64_t n0, int64_t n1, int
         split<1>(rows, in.input, in.scratch, [&](int64_t r) { return in.x.at(0, n + r); });
     const auto h = split<2>(rows, in.output, in.scratch + rows.tiles * kSide * x_steps * kPairRow,
                             [&](int64_t r) { return in.h_prev.at(0, n + r); });
-    const auto cell = [&](int64_t p, int64_t row, const float* sums) {
+    const auto cells = [&](int64_t p, int64_t row, const float* sums, auto many) {
+      constexpr int R = decltype(many)::value;
       const int64_t unit = p * kSide;
-      const float* const start = in.start.at(0, n + row) + unit;
       with_lanes<float>(H - unit, [&](auto part) {
-        Vec<float> z[4];
-        for (int gate = 0; gate < 4; ++gate)
-          z[gate] = part.get(start + gate * H) + load(sums + gate * kTileSize);
-        cell_forward<float>(in, n + row, unit, z, part);
+        Vec<float> z[R][4];
+        for (int r = 0; r < R; ++r)
+          for (int gate = 0; gate < 4; ++gate)
+            z[r][gate] = part.get(in.start.at(0, n + row + r) + unit + gate * H) +
+                         load(sums + gate * kTileSize + r * kSide);
+        cells_forward<float, R>(in, n + row, unit, z, part);
       });
     };
     const TileShape shape(rows.height);
-    Rest rest(rows, x_steps + h_steps, cell);
     const Ahead ahead(rows, (p1 - p0) * (x_steps + h_steps) * V * kTileSize * 4);
-    for_panels(in.step, p0, p1, [&](int64_t p, int64_t next) {
-      sum_rows_of<V>(rows, p, rest, [&](int64_t t, auto tall, int v, auto wide, int64_t pass) {
-        const auto add = [&](const auto& left, const float* w) {
-          const int64_t panel = left.steps * V * kTileSize;
-          add_tiles<decltype(tall)::value, decltype(wide)::value>(
-              left, t, w + p * panel + v * kTileSize, V, [&](int64_t s) {
-                ahead.ask(w + next * panel, V, pass, s);
-                rest.some();
-              });
-        };
-        add(x, in.w_ih.full());
-        add(h, in.w_hh.full());
+    const auto run = [&](auto&& rest) {
+      for_panels(in.step, p0, p1, [&](int64_t p, int64_t next) {
+        sum_rows_of<V>(rows, p, rest, [&](int64_t t, auto tall, int v, auto wide, int64_t pass) {
+          const auto add = [&](const auto& left, const float* w) {
+            const int64_t panel = left.steps * V * kTileSize;
+            add_tiles<decltype(tall)::value, decltype(wide)::value>(
+                left, t, w + p * panel + v * kTileSize, V, [&](int64_t s) {
+                  ahead.ask(w + next * panel, V, pass, s);
+                  rest.some();
+                });
+          };
+          add(x, in.w_ih.full());
+          add(h, in.w_hh.full());
+        });
       });
-    });
-    rest.finish();
+      rest.finish();
+    };
+    if (x_steps + h_steps < kStepsOfCell)
+      run(Rest<2, decltype(cells)>(rows, x_steps + h_steps, cells));
+    else
+      run(Rest<1, decltype(cells)>(rows, x_steps + h_steps, cells));
   });
 }
 
@@ -565,7 +651,7 @@ void step_backward_bf16(const StepBackward<float>& in, int64_t n0, int64_t n1, i
   for_parts(n0, n1, 2 * steps * kDepthOfTile, [&](int64_t n, const RowTiles& rows) {
     const auto left =
         split<2>(rows, in.depth, in.scratch, [&](int64_t r) { return in.next.at(0, n + r); });
-    const auto cells = [&](int64_t p, int64_t row, const float* sums) {
+    const auto cells = [&](int64_t p, int64_t row, const float* sums, Int<1>) {
       for (int64_t v = 0; v < vectors_of(in.w, p); ++v) {
         const int64_t unit = (p * kPanelVectors + v) * kSide;
         with_lanes<float>(H - unit, [&](auto part) {
@@ -577,7 +663,7 @@ void step_backward_bf16(const StepBackward<float>& in, int64_t n0, int64_t n1, i
       }
     };
     const TileShape shape(rows.height);
-    Rest rest(rows, steps, cells);
+    Rest<1, decltype(cells)> rest(rows, steps, cells);
     const Ahead ahead(rows, (p1 - p0) * steps * kPanelVectors * kTileSize * 4);
     for_panels(in.step, p0, p1,
                [&](int64_t p, int64_t next) { sum_panel(left, rows, in.w, p, next, rest, ahead); });
@@ -591,7 +677,7 @@ constexpr Kernels<float> tiles_table() {
   kernels.panel_depth = kDepthOfTile;
   kernels.panel_cycles = 0.25;
   kernels.strip_rows = 192;
-  kernels.strip_depth = 1024;
+  kernels.strip_depth = 320;
   kernels.scratch_size = terms_size;
   kernels.pack_gates = pack_gates_bf16;
   kernels.pack_rows = pack_rows_bf16<float>;
