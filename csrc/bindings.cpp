@@ -173,12 +173,9 @@ void run_backward(Array x, Array h0, Array c0, const Arrays& weights, Array y, A
   prefer_huge_pages(dx.data, dx.bytes());
   for (const Array& array : dweights) prefer_huge_pages(array.data, array.bytes());
   const bool exact = in_bf16({x, h0, y, raw}) && in_bf16(weights);
-  const Weights wanted(dweights, directions, 0);
   InFloat32 floats(threads);
-  if (wanted.ih->data) floats.input(&x);
-  if (wanted.hh->data) floats.input(&y);
-  if (wanted.hr && wanted.hr->data) floats.input(&raw);
-  for (Array* array : {&h0, &c0, &cells, &grad_y, &grad_h, &grad_c}) floats.input(array);
+  for (Array* array : {&x, &h0, &c0, &y, &cells, &raw, &grad_y, &grad_h, &grad_c})
+    floats.input(array);
   for (Array* array : {&dx, &dh0, &dc0}) floats.output(array);
   for (Array& array : dweights) floats.output(&array);
   floats.read();

@@ -993,6 +993,21 @@ def test_half_precision_of_packed_and_projected(dtype):
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("proj_size", [0, 9])
+def test_half_precision_of_frozen_weights(dtype, proj_size):
+    """Each gradient is the same whichever others are wanted, in either direction."""
+    ours, _ = pair(20, 33, bidirectional=True, proj_size=proj_size, dtype=dtype)
+    x = torch.randn(12, 5, 20).to(dtype)
+    ours(x)[0].float().square().sum().backward()
+    for name, weight in ours.named_parameters():
+        ours.requires_grad_(False)
+        weight.requires_grad_()
+        expected, weight.grad = weight.grad, None
+        ours(x)[0].float().square().sum().backward()
+        assert torch.equal(weight.grad, expected), name
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("N", [1, 7])
 @pytest.mark.parametrize("way", ["dense", "unbatched", "packed", "cell"])
 def test_inference_in_half_precision_has_the_bits_of_training(dtype, N, way):
