@@ -30,20 +30,19 @@ class InFloat32 {
   // After the last input().
   void read() const {
     convert(inputs_, [](const Copy& copy, void* half, float* floats, int64_t count) {
-      kernels<float>().widen(half, copy.element, count, floats);
+      kernels<float>().widen(half, element_of(copy.half), count, floats);
     });
   }
   // Once the outputs are written.
   void write() const {
     convert(outputs_, [](const Copy& copy, void* half, float* floats, int64_t count) {
-      kernels<float>().narrow(floats, count, copy.element, half);
+      kernels<float>().narrow(floats, count, element_of(copy.half), half);
     });
   }
 
  private:
   struct Copy {
     Array half;
-    Element element;
     float* floats;
     int64_t count, pieces;  // what is contiguous is cut anywhere, the rest row by row
   };
@@ -52,7 +51,7 @@ class InFloat32 {
 
   void replace(Array* array, std::vector<Copy>* copies) {
     if (!array->data || !array->half()) return;
-    Copy copy{*array, element_of(*array), nullptr, 1, 0};
+    Copy copy{*array, nullptr, 1, 0};
     for (int d = 0; d < array->dims; ++d) copy.count *= array->shape[d];
     array->itemsize = sizeof(float);
     array->brain = false;

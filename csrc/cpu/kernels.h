@@ -100,9 +100,9 @@ struct Kernels {
   // Panels in memory: elements of a row of four vectors, and the rows that they hold a multiple of.
   int64_t panel_row, panel_depth;
   double panel_cycles;  // of one row of A for one row of a panel
-  // A weight gradient goes in passes of `strip_depth` rows of dz, whose partial sums round better
-  // than one long chain, and in strips of `strip_rows` gate rows: a transposed strip stays in L2
-  // while all the panels of x and h go by.
+  // A weight gradient goes in passes of `strip_depth` rows of dz (in float32 their partial sums
+  // round better than one long chain) and in strips of `strip_rows` gate rows: a transposed strip
+  // stays in L2 while all the panels of x and h go by.
   int64_t strip_rows, strip_depth;
   // Elements of memory that a thread needs for so many rows of A of all depths together.
   int64_t (*scratch_size)(int64_t rows, int64_t depth);
@@ -139,8 +139,8 @@ struct Kernels {
                               int64_t p1);
   void (*step_backward)(const StepBackward<T>&, int64_t n0, int64_t n1, int64_t p0, int64_t p1);
 
-  // Numbers in half precision from and to those of T, rounded to nearest, ties to even. Nothing for
-  // a T that is not float.
+  // Numbers in half precision from and to those of T, which is float; rounded to nearest, ties to
+  // even.
   void (*widen)(const void* from, Element, int64_t count, T* to);
   void (*narrow)(const T* from, int64_t count, Element, void* to);
 

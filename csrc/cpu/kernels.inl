@@ -102,6 +102,11 @@ FASTLSTM_INLINE void with_elements(const Matrix<T>& w, F&& f) {
                [&](auto type) { f(static_cast<const typename decltype(type)::type*>(w.data)); });
 }
 
+template <class S>
+FASTLSTM_INLINE Rows<const S> rows_of(const S* matrix, int64_t columns) {
+  return {matrix, columns};
+}
+
 // Panels that do not fit into L2 come from afar. Each tile of a panel brings in one part of the
 // next panel.
 template <class T>
@@ -224,11 +229,8 @@ void pack_rows(Rows<const S> b, int64_t k0, int64_t count, int64_t columns, int6
 template <class T>
 void pack_matrix(Matrix<T> matrix, int64_t depth, int64_t columns, int64_t p0, int64_t p1,
                  Panels<T> to) {
-  with_type<T>(matrix.element, [&](auto type) {
-    using S = typename decltype(type)::type;
-    const Rows<const S> rows{static_cast<const S*>(matrix.data), columns};
-    pack_rows(rows, 0, depth, columns, p0, p1, to);
-  });
+  with_elements(matrix,
+                [&](auto* w) { pack_rows(rows_of(w, columns), 0, depth, columns, p0, p1, to); });
 }
 
 template <class T>

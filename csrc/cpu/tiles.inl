@@ -466,11 +466,8 @@ void pack_rows_bf16(Rows<const S> b, int64_t k0, int64_t count, int64_t columns,
 
 void pack_matrix_bf16(Matrix<float> matrix, int64_t depth, int64_t columns, int64_t p0, int64_t p1,
                       Panels<float> to) {
-  with_type<float>(matrix.element, [&](auto type) {
-    using S = typename decltype(type)::type;
-    const Rows<const S> rows{static_cast<const S*>(matrix.data), columns};
-    pack_rows_bf16(rows, 0, depth, columns, p0, p1, to);
-  });
+  with_elements(
+      matrix, [&](auto* w) { pack_rows_bf16(rows_of(w, columns), 0, depth, columns, p0, p1, to); });
 }
 
 // ---- products and steps -------------------------------------------------------------------------

@@ -77,11 +77,7 @@ def run_forward(
 
 
 def new_results(
-    x: Tensor,
-    weights: list[Tensor],
-    directions: int,
-    batch_sizes: Sequence[int],
-    keep: bool,
+    x: Tensor, weights: list[Tensor], directions: int, batch_sizes: Sequence[int], keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Kept]:
     """Return memory for what :func:`run_forward` returns."""
     *time, _ = x.shape
@@ -287,11 +283,7 @@ class Step(torch.autograd.Function):
 
 
 def run_step(
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: list[Tensor],
-    keep: bool,
+    x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], keep: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Run one step of a cell on x (N, D): h and c (N, H) and, with `keep`, gates and cells."""
     N, H = x.shape[0], weights[1].shape[1]
