@@ -65,7 +65,7 @@ class BackwardPass {
         raw_shape_(in.dw_hr ? in.sizes.hidden : 0, kernel),
         step_shape_(in.sizes.hidden, kernel),
         weights_(in.dw_ih || in.dw_hh || in.dw_hr || in.db),
-        strip_size_(kernel.strip_rows * kernel.strip_depth),
+        strip_size_(kernel.strip_size),
         row_group_(size_t(plan.row_groups)) {
     const auto [steps, batch, input, hidden, output] = in.sizes;
     x_place_ = workspace->reserve<T>(x_shape_.packed_size(plan.block * batch));
@@ -150,7 +150,7 @@ class BackwardPass {
       product.columns = {columns, false};
       product.start = nullptr;
       product.accumulate = !first;
-      product.exact = false;
+      product.given = false;
       product.strip = true;
       product.scratch = scratch;
       kernel.product(product, 0, count, 0, shape.count);
@@ -375,6 +375,15 @@ class BackwardPass {
   std::vector<Barrier> row_group_;
 };
 
+template <class T>
+bool spoiled(const Backward<T>& in, const Kernels<T>& kernel) {
+  const auto [steps, batch, input, hidden, output] = in.sizes;
+  return has_nan(in.dx, input, in, kernel) || kernel.has_nan(in.dw_ih, 4 * hidden * input) ||
+         kernel.has_nan(in.dw_hh, 4 * hidden * output) ||
+         kernel.has_nan(in.dw_hr, output * hidden) || kernel.has_nan(in.db, 4 * hidden) ||
+         kernel.has_nan(in.dh0, batch * output) || kernel.has_nan(in.dc0, batch * hidden);
+}
+
 }  // namespace
 
 template <class T>
@@ -390,11 +399,15 @@ void backward(const Backward<T>* directions, int count, int threads) {
     }
     return;
   }
-  const Kernels<T>& kernel = kernels<T>(directions->in_bf16 && !direct_backward(directions->sizes));
-  const Machine machine = machine_of(kernel);
-  run_directions<BackwardPass<T>>(directions, count, threads, kernel, [&](int most) {
-    return plan_backward(directions->sizes, machine, most);
-  });
+  run_with_kernels<T>(
+      directions, count, use_backward(directions->sizes, directions->in_bf16),
+      [&](const Kernels<T>& kernel) {
+        const Machine machine = machine_of(kernel);
+        run_directions<BackwardPass<T>>(directions, count, threads, kernel, [&](int most) {
+          return plan_backward(directions->sizes, machine, most);
+        });
+      },
+      spoiled<T>);
 }
 
 template void backward(const Backward<float>*, int, int);

@@ -107,7 +107,7 @@ class ForwardPass {
         product.columns = {hidden, true};
         product.start = bias;
         product.accumulate = false;
-        product.exact = true;
+        product.given = true;
         product.strip = false;
         product.scratch = scratch;
         kernel.product(product, 0, count * (n1 - n0), p0, p1);
@@ -233,13 +233,19 @@ bool run_in_wave(Linked<T>* layers, int count, const Kernels<T>& kernel, PlanOf&
   return ran;
 }
 
-}  // namespace
+// A NaN in c stays until the end, and one in h makes one in c, but in the last step.
+template <class T>
+bool spoiled(const Forward<T>& in, const Kernels<T>& kernel) {
+  const auto [steps, batch, input, hidden, output] = in.sizes;
+  const Rows<T> cells{in.cells, batch * hidden, hidden, batch};
+  return (in.h_n ? kernel.has_nan(in.h_n, batch * output) : has_nan(in.y, output, in, kernel)) ||
+         (in.c_n ? kernel.has_nan(in.c_n, batch * hidden) : has_nan(cells, hidden, in, kernel));
+}
 
 template <class T>
-void forward(const Forward<T>* given, int layers, int directions, int threads) {
+void run_layers(const Forward<T>* given, int layers, int directions, int threads,
+                const Kernels<T>& kernel) {
   const Sizes& first = given->sizes;
-  if (first.batch == 0) return;
-  const Kernels<T>& kernel = kernels<T>(given->in_bf16 && !direct_forward(first));
   const Machine machine = machine_of(kernel);
   const auto make_plan = [&](auto* plan_of, const Forward<T>& in, int most) {
     Plan plan = plan_of(in.sizes, machine, most);
@@ -264,6 +270,17 @@ void forward(const Forward<T>* given, int layers, int directions, int threads) {
       run_directions<ForwardPass<T>>(run, directions, threads, kernel,
                                      [&](int most) { return make_plan(plan_forward, *run, most); });
   }
+}
+
+}  // namespace
+
+template <class T>
+void forward(const Forward<T>* given, int layers, int directions, int threads) {
+  if (given->sizes.batch == 0) return;
+  run_with_kernels<T>(
+      given, layers * directions, use_forward(given->sizes, given->in_bf16),
+      [&](const Kernels<T>& kernel) { run_layers(given, layers, directions, threads, kernel); },
+      spoiled<T>);
 }
 
 template void forward(const Forward<float>*, int, int, int);

@@ -137,6 +137,32 @@ class Active {
   Sizes sizes_;
 };
 
+// Whether an array over time has a NaN, if it is there.
+template <class T, class Args>
+bool has_nan(const Rows<T>& rows, int64_t columns, const Args& in, const Kernels<T>& kernel) {
+  const Active active(in);
+  const Series<T> series(rows, in);
+  const bool evenly = rows.step_n == columns;
+  for (int64_t s = 0; rows.data && s < in.sizes.steps; ++s)
+    for (int64_t n = 0; n < active.at(s); n += evenly ? active.at(s) : 1)
+      if (kernel.has_nan(series.block(s, n, 1).data, evenly ? active.at(s) * columns : columns))
+        return true;
+  return false;
+}
+
+// Calls run(kernels) for `count` passes, with those for that use. Where these multiply sums of
+// terms, an infinite number times another can be a NaN (inf * 1 + inf * 0) that should be infinite;
+// so where spoiled(pass, kernels) then, run() is called again, with those for any use.
+template <class T, class Args, class Run>
+void run_with_kernels(const Args* in, int count, Use use, Run&& run,
+                      bool (*spoiled)(const Args&, const Kernels<T>&)) {
+  const Kernels<T>&suited = kernels<T>(use), &plain = kernels<T>();
+  run(suited);
+  if (&suited != &plain &&
+      std::any_of(in, in + count, [&](const Args& pass) { return spoiled(pass, plain); }))
+    run(plain);
+}
+
 // C = A B for `count` rows, or C += A B: the panels of B that are this member's share of the
 // threads of a row group.
 template <class T>
@@ -151,7 +177,7 @@ void product_of_group(const Kernels<T>& kernel, const Plan& plan, int member, Ro
   product.columns = {columns, false};
   product.start = nullptr;
   product.accumulate = accumulate;
-  product.exact = product.strip = false;
+  product.given = product.strip = false;
   product.scratch = scratch;
   const auto [from, past] = share(shape.count, plan.panel_groups, member);
   kernel.product(product, 0, count, from, past);

@@ -32,6 +32,14 @@ constexpr int64_t kForwardBlockRows = 128;
 constexpr int64_t kFarBlockRows = 512;
 // The same where the layer above waits for these steps.
 constexpr int64_t kWaveBlockRows = 16;
+// Floats go on tiles from a tile of rows on, forward from two where W_hh has more bytes as terms (6
+// each) than come along; and from so many units, backward in so many cells, where two threads gain
+// as well as one.
+constexpr int64_t kTileBatch = 16;
+constexpr double kFarTerms = 16 << 20;
+constexpr int64_t kTileUnitsForward = 48;
+constexpr int64_t kTileUnitsBackward = 96;
+constexpr double kTileCells = 3072;
 // Layers run at the same time where the model sees this gain. It knows nothing of the other layers'
 // weights in the caches: 1000x1x256x256 lost a fifth where it saw 1 %.
 constexpr double kClearly = 0.9;
@@ -50,7 +58,9 @@ double step_cycles(const Sizes& s, const Machine& m, const StepWork& work, int r
   const double panel_bytes = work.depth * double(4 * m.lanes) * m.element;
   const double bytes_per_cycle =
       panels * panel_bytes <= kL2Bytes ? kNearBytesPerCycle : kFarBytesPerCycle;
-  const double product = std::max(batch * work.depth * m.cycles, panel_bytes / bytes_per_cycle);
+  const double multiplied = double(ceil_div(ceil_div(s.batch, rows), m.tile_rows) * m.tile_rows);
+  const double product =
+      std::max(multiplied * work.depth * m.cycles, panel_bytes / bytes_per_cycle);
   return panels * (product + batch * kCellCycles) + work.spread / (rows * columns) +
          (columns > 1 ? kBarrierCycles : 0);
 }
@@ -78,12 +88,25 @@ bool direct(const Sizes& s, int64_t most_rows) {
 
 }  // namespace
 
-bool direct_forward(const Sizes& s) { return direct(s, kDirectRowsForward); }
-bool direct_backward(const Sizes& s) { return direct(s, kDirectRowsBackward); }
+Use use_forward(const Sizes& s, bool in_bf16) {
+  if (direct(s, kDirectRowsForward)) return Use::any;
+  if (in_bf16) return Use::bf16;
+  const bool far = 24 * double(s.hidden) * double(s.output) > kFarTerms;
+  const bool pays = s.hidden >= kTileUnitsForward && s.batch >= (far ? 2 : 1) * kTileBatch;
+  return pays ? Use::floats_on_tiles : Use::any;
+}
+
+Use use_backward(const Sizes& s, bool in_bf16) {
+  if (direct(s, kDirectRowsBackward)) return Use::any;
+  if (in_bf16) return Use::bf16;
+  const bool pays = s.hidden >= kTileUnitsBackward && s.batch >= kTileBatch &&
+                    double(s.batch) * double(s.hidden) >= kTileCells;
+  return pays ? Use::floats_on_tiles : Use::any;
+}
 
 Plan plan_forward(const Sizes& s, const Machine& m, int threads) {
   Plan plan;
-  plan.direct = direct_forward(s);
+  plan.direct = direct(s, kDirectRowsForward);
   const bool far = s.batch <= kFarBatch && s.steps >= kFarSteps &&
                    4 * m.element * double(s.hidden) * double(s.input) > double(kFarBytes);
   plan.input_in_step = plan.direct || s.input <= kInputInStep || (s.batch >= kBatchInStep && !far);
@@ -114,7 +137,7 @@ int layers_at_once(const Sizes& s, int64_t first_input, const Machine& m, int la
 
 Plan plan_backward(const Sizes& s, const Machine& m, int threads) {
   Plan plan;
-  plan.direct = direct_backward(s);
+  plan.direct = direct(s, kDirectRowsBackward);
   const double gates = 4 * double(s.hidden);
   const double spread =
       double(s.batch) * gates * double(2 * s.input + s.output) * m.cycles / double(4 * m.lanes);

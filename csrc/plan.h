@@ -25,10 +25,10 @@ struct Plan {
   int threads() const { return row_groups * panel_groups; }
 };
 
-// What a plan knows of the machine: `lanes`, `panel_cycles` and `strip_depth` of Kernels<T>, and
-// the bytes of an element of a panel.
+// What a plan knows of the machine: `lanes`, `strip_depth`, `tile_rows` and `panel_cycles` of
+// Kernels<T>, and the bytes of an element of a panel.
 struct Machine {
-  int64_t lanes, strip_depth;
+  int64_t lanes, strip_depth, tile_rows;
   double cycles;
   double element;
 };
@@ -36,13 +36,14 @@ struct Machine {
 template <class T>
 Machine machine_of(const Kernels<T>& kernel) {
   const int64_t columns = kPanelVectors * kernel.lanes;
-  return {kernel.lanes, kernel.strip_depth, kernel.panel_cycles,
+  return {kernel.lanes, kernel.strip_depth, kernel.tile_rows, kernel.panel_cycles,
           double(kernel.panel_row) * sizeof(T) / double(columns)};
 }
 
-// Whether weights are read where they are: so few rows that packing them would not pay.
-bool direct_forward(const Sizes& sizes);
-bool direct_backward(const Sizes& sizes);
+// The kernels that suit a pass, where there are such. Of a stack, every layer forward, with
+// gradients or without, has the same; so has every number of threads.
+Use use_forward(const Sizes& sizes, bool in_bf16);
+Use use_backward(const Sizes& sizes, bool in_bf16);
 
 // `block` depends on sizes and machine only, never on `threads`: the sums of the weight gradients
 // are cut by it.

@@ -15,24 +15,13 @@ hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile("repeatable")
 
 
-def _with_isa(name):
-    before = _core.active_isa()
-    _core.use_isa(name)
-    yield name
-    _core.use_isa(before)
-
-
-# amx is avx512 but for products of bfloat16.
-@pytest.fixture(params=[name for name in _core.supported_isas() if name != "amx"])
+@pytest.fixture(params=_core.supported_isas())
 def isa(request):
     """Every instruction set this machine runs, one after the other."""
-    yield from _with_isa(request.param)
-
-
-@pytest.fixture(params=_core.supported_isas())
-def isa_of_half(request):
-    """The same, and those that only half precision tells from others."""
-    yield from _with_isa(request.param)
+    before = _core.active_isa()
+    _core.use_isa(request.param)
+    yield request.param
+    _core.use_isa(before)
 
 
 @pytest.fixture(params=[np.float32, np.float64], ids=["float32", "float64"])

@@ -90,7 +90,7 @@ every_size = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 
 
 @every_size
-def test_products_of_bfloat16_are_as_good_as_those_of_float32(isa_of_half, sizes):
+def test_products_of_bfloat16_are_as_good_as_those_of_float32(isa, sizes):
     problem = Problem(**sizes)
     plain, ours = problem.forward(), problem.forward(in_bf16=True)
     pairs = [*zip(plain, ours, strict=True)]
@@ -101,7 +101,7 @@ def test_products_of_bfloat16_are_as_good_as_those_of_float32(isa_of_half, sizes
     for expected, found in pairs:
         if expected is None:
             continue
-        if isa_of_half != TILES:
+        if isa != TILES:
             assert torch.equal(found, expected)
         scale = expected.abs().max().item()
         torch.testing.assert_close(found, expected, rtol=0, atol=scale * 2**-15)
@@ -109,7 +109,7 @@ def test_products_of_bfloat16_are_as_good_as_those_of_float32(isa_of_half, sizes
 
 @every_size
 @pytest.mark.parametrize("gates", [torch.float32, torch.float16], ids=["gates", "half gates"])
-def test_bits_do_not_depend_on_threads(isa_of_half, sizes, gates):
+def test_bits_do_not_depend_on_threads(isa, sizes, gates):
     problem = Problem(**sizes)
     outcomes = []
     for threads in (1, 2, 3, 4):
@@ -122,7 +122,7 @@ def test_bits_do_not_depend_on_threads(isa_of_half, sizes, gates):
 
 @pytest.mark.parametrize("N", [1, 5, 40])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_stays_in_its_row(isa_of_half, N, bad):
+def test_what_is_not_finite_stays_in_its_row(isa, N, bad):
     problem = Problem(8, N, 20, 33)
     problem.x[4, 0, 3] = bad
     problem.grads[0][3, 0, 5] = bad
@@ -138,7 +138,7 @@ def test_what_is_not_finite_stays_in_its_row(isa_of_half, N, bad):
     assert y[:4].isfinite().all() and y[:, 1:].isfinite().all()
 
 
-def test_rows_do_not_depend_on_their_batch(isa_of_half):
+def test_rows_do_not_depend_on_their_batch(isa):
     whole = Problem(6, 50, 24, 40)
     y = whole.forward(in_bf16=True)[0]
     for first, count in ((0, 1), (3, 17), (20, 30)):
@@ -151,7 +151,7 @@ def test_rows_do_not_depend_on_their_batch(isa_of_half):
 
 
 @every_size
-def test_gates_in_float16(isa_of_half, sizes):
+def test_gates_in_float16(isa, sizes):
     problem = Problem(**sizes)
     # Gates that are denormal or 0 in float16, and those near 1.
     problem.weights[2].copy_(torch.linspace(-30, 12, 4 * problem.H))
@@ -185,14 +185,14 @@ def every_number(half):
     return torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(half)
 
 
-def test_every_gate_in_float16_is_read(isa_of_half):
+def test_every_gate_in_float16_is_read(isa):
     halves = every_number(torch.float16)
     found = gradient_of_c(torch.ones(len(halves)), halves, torch.empty(len(halves)))
     torch.testing.assert_close(found, halves.float(), rtol=0, atol=0, equal_nan=True)
 
 
 @every_half
-def test_every_number_in_half_precision_is_read(isa_of_half, half):
+def test_every_number_in_half_precision_is_read(isa, half):
     numbers = every_number(half)
     found = gradient_of_c(numbers, torch.ones(len(numbers)), torch.empty(len(numbers)))
     expected = numbers.float()
@@ -201,7 +201,7 @@ def test_every_number_in_half_precision_is_read(isa_of_half, half):
 
 
 @every_half
-def test_numbers_are_rounded_to_half_precision_as_by_torch(isa_of_half, half):
+def test_numbers_are_rounded_to_half_precision_as_by_torch(isa, half):
     exact = every_number(half).float().sort().values
     between = (exact[:-1] + exact[1:]) / 2  # ties
     around = [torch.nextafter(between, torch.full_like(between, end)) for end in (-1e38, 1e38)]
@@ -215,7 +215,7 @@ def test_numbers_are_rounded_to_half_precision_as_by_torch(isa_of_half, half):
 @every_size
 @every_half
 @pytest.mark.parametrize("threads", [1, 3])
-def test_arrays_in_half_precision(isa_of_half, sizes, half, threads):
+def test_arrays_in_half_precision(isa, sizes, half, threads):
     """Any of them: what is read counts as in float32, what is written is rounded."""
 
     def to(dtype, *tensors):
@@ -256,7 +256,7 @@ def test_arrays_in_half_precision(isa_of_half, sizes, half, threads):
     found = kept_half + backward(kept_half, half, half)
     for place, (a, b) in enumerate(zip(found, exact, strict=True)):
         assert a is b is None or torch.equal(a, b.to(a.dtype)), place
-    if half == torch.bfloat16 and isa_of_half == TILES:
+    if half == torch.bfloat16 and isa == TILES:
         return  # products of their own
     plain = forward(torch.float32, torch.float32)
     plain += backward(kept_half, torch.float32, torch.float32)

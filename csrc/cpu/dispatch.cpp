@@ -18,7 +18,9 @@ struct Isa {
   const Kernels<float>* f32;
   const Kernels<double>* f64;
   bool (*supported)();
-  const Kernels<float>* bf16 = nullptr;  // where it has any of its own
+  // Where it has any of its own.
+  const Kernels<float>* bf16 = nullptr;
+  const Kernels<float>* floats_on_tiles = nullptr;
 };
 
 #ifdef FASTLSTM_X86
@@ -69,7 +71,8 @@ const Isa kIsas[] = {
     {"avx2", &avx2::kernels_f32, &avx2::kernels_f64, has_avx2},
     {"avx512", &avx512::kernels_f32, &avx512::kernels_f64, has_avx512},
 #ifdef FASTLSTM_TILES
-    {"amx", &avx512::kernels_f32, &avx512::kernels_f64, has_tiles, &avx512::kernels_bf16},
+    {"amx", &avx512::kernels_f32, &avx512::kernels_f64, has_tiles, &avx512::kernels_bf16,
+     &avx512::kernels_f32_tiles},
 #endif
 #endif
 };
@@ -123,17 +126,20 @@ void use_default_isa() {
 std::string active_isa() { return active.load()->name; }
 
 template <>
-const Kernels<float>& kernels<float>(bool in_bf16) {
+const Kernels<float>& kernels<float>(Use use) {
   const Isa& isa = *active.load(std::memory_order_relaxed);
 #ifdef FASTLSTM_TILES
-  if (in_bf16 && isa.bf16 && tiles_granted()) return *isa.bf16;
+  const Kernels<float>* own = use == Use::bf16              ? isa.bf16
+                              : use == Use::floats_on_tiles ? isa.floats_on_tiles
+                                                            : nullptr;
+  if (own && tiles_granted()) return *own;
 #else
-  (void)in_bf16;
+  (void)use;
 #endif
   return *isa.f32;
 }
 template <>
-const Kernels<double>& kernels<double>(bool) {
+const Kernels<double>& kernels<double>(Use) {
   return *active.load(std::memory_order_relaxed)->f64;
 }
 

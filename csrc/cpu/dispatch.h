@@ -17,8 +17,8 @@ void use_isa(const std::string& name);
 void use_default_isa();
 std::string active_isa();
 
-// The kernels for any values, or for those that are bfloat16 (see Forward::in_bf16).
+// The kernels for that use, or for any where there are none of their own.
 template <class T>
-const Kernels<T>& kernels(bool in_bf16 = false);
+const Kernels<T>& kernels(Use use = Use::any);
 
 }  // namespace fastlstm

@@ -46,7 +46,7 @@ struct Product {
   Columns columns;
   const T* start;
   bool accumulate;
-  bool exact;  // A is bfloat16; this and `strip` matter to kernels of bfloat16 only
+  bool given;  // A is x, which may be bfloat16; this and `strip` matter to kernels on tiles only
   bool strip;  // A is what `transpose` wrote
   T* scratch;  // memory of `scratch_size`
 };
@@ -94,16 +94,21 @@ struct StepBackward {
 
 enum class Function { exp, sigmoid, tanh };
 
+// What kernels are good for: anything; values that are bfloat16 (see Forward::in_bf16); floats
+// where there are rows enough.
+enum class Use { any, bf16, floats_on_tiles };
+
 template <class T>
 struct Kernels {
   int64_t lanes;  // VL
   // Panels in memory: elements of a row of four vectors, and the rows that they hold a multiple of.
   int64_t panel_row, panel_depth;
   double panel_cycles;  // of one row of A for one row of a panel
+  int64_t tile_rows;    // rows of A are multiplied that many at a time, or as if they were
   // A weight gradient goes in passes of `strip_depth` rows of dz (in float32 their partial sums
   // round better than one long chain) and in strips of `strip_rows` gate rows: a transposed strip
   // stays in L2 while all the panels of x and h go by.
-  int64_t strip_rows, strip_depth;
+  int64_t strip_rows, strip_depth, strip_size;
   // Elements of memory that a thread needs for so many rows of A of all depths together.
   int64_t (*scratch_size)(int64_t rows, int64_t depth);
 
@@ -144,6 +149,7 @@ struct Kernels {
   void (*widen)(const void* from, Element, int64_t count, T* to);
   void (*narrow)(const T* from, int64_t count, Element, void* to);
 
+  bool (*has_nan)(const T* x, int64_t count);  // false where x is null
   void (*map)(Function, const T* x, T* y, int64_t count);
   // Runs `count` rounds of independent fused multiply-adds in registers; returns the operations
   // done.
@@ -163,7 +169,9 @@ extern const Kernels<double> kernels_f64;
 namespace avx512 {
 extern const Kernels<float> kernels_f32;
 extern const Kernels<double> kernels_f64;
-extern const Kernels<float> kernels_bf16;  // of values that are bfloat16; where tiles.inl compiles
+// On tiles, where tiles.inl compiles: of values that are bfloat16, and of any.
+extern const Kernels<float> kernels_bf16;
+extern const Kernels<float> kernels_f32_tiles;
 }  // namespace avx512
 #endif
 

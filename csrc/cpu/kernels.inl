@@ -670,14 +670,30 @@ double fma_loop(int64_t count) {
 }
 
 template <class T>
+bool has_nan(const T* x, int64_t count) {
+  constexpr int VL = lanes<T>();
+  if (!x) return false;
+  Bits<T> found = {};
+  const auto look = [&](Vec<T> v) { found |= v != v; };
+  int64_t i = 0;
+  for (; i + VL <= count; i += VL) look(load(x + i));
+  if (i < count) look(load(x + i, count - i));
+  for (int lane = 0; lane < VL; ++lane)
+    if (found[lane]) return true;
+  return false;
+}
+
+template <class T>
 constexpr Kernels<T> table() {
   constexpr int VL = lanes<T>();
   return {VL,
           kPanelVectors * VL,
           1,
           kPanelVectors / 2.0,  // two fused multiply-adds a cycle
+          1,
           96,
           512,
+          96 * 512,
           [](int64_t, int64_t) { return int64_t(0); },
           pack_gates<T>,
           pack_rows<T>,
@@ -692,6 +708,7 @@ constexpr Kernels<T> table() {
           step_backward<T>,
           widen<T>,
           narrow<T>,
+          has_nan<T>,
           map<T>,
           fma_loop<T>};
 }

@@ -1,13 +1,12 @@
-// The products of bfloat16 values on AMX tiles, for x86-64 CPUs that have them. Included after
-// kernels.inl, whose cells and transposes it shares.
+// Products on AMX tiles, for x86-64 CPUs that have them. Included after kernels.inl, whose cells
+// and transposes it shares.
 //
 // A tile product adds A (16, 32) B (32, 16) of bfloat16 to C (16, 16) of float, with the sums in
-// float. What is exact in bfloat16 (weights, x, and the y that training keeps) goes in as it is; a
-// float (h, dz) as the sum of two terms, which leaves an error of at most 2^-16 of it.
+// float. A number goes in as a sum of bfloat16 terms: see Bf16 and Floats.
 //
-// A panel is, for each k-step of 32 and each of its vectors, a tile of B: 16 rows, each of 16
-// columns of two neighbouring k. Rows of A are cut into tiles of nearly equal height; the tiles of
-// all k-steps of a row tile follow each other, the terms of a k-step side by side.
+// A panel is, for each k-step of 32 and each of its vectors, a tile of B for each term: 16 rows,
+// each of 16 columns of two neighbouring k. Rows of A are cut into tiles of nearly equal height;
+// the tiles of all k-steps of a row tile follow each other. The terms of a tile stand side by side.
 
 namespace fastlstm {
 namespace FASTLSTM_ISA {
@@ -21,6 +20,25 @@ constexpr int64_t kPairRow = kSide;   // floats of the memory of one row of a ti
 // often; the terms themselves stay in L2.
 constexpr int64_t kTermsSize = 256 << 10;
 constexpr int64_t kFewestRows = 2 * kSide;
+
+// How many terms there are of numbers given (the weights, x, what training keeps) and of those
+// computed (h, dz).
+// Where those given are bfloat16; two terms of a float leave an error of at most 2^-16 of it.
+struct Bf16 {
+  static constexpr int kGiven = 1, kComputed = 2;
+  static constexpr int64_t kChain = 0;  // sums go on to the end
+  static constexpr int64_t kStripDepth = 320;
+  static constexpr double kCycles = 0.25;  // `panel_cycles`
+};
+// Any floats: three terms are all of a float but for what is denormal.
+struct Floats {
+  static constexpr int kGiven = 3, kComputed = 3;
+  static constexpr int64_t kChain = 16;  // most k-steps of a sum, each of which rounds six times
+  static constexpr int64_t kStripDepth = 512;
+  static constexpr double kCycles = 1.25;
+};
+template <class Numbers>
+constexpr int64_t kTileOf = Numbers::kGiven * kTileSize;  // floats of a tile of B, all its terms
 
 FASTLSTM_INLINE int64_t k_steps(int64_t depth) { return (depth + kDepthOfTile - 1) / kDepthOfTile; }
 
@@ -82,14 +100,32 @@ FASTLSTM_INLINE Vec<float> upper_halves(Vec<float> low, Vec<float> high) {
   return (Vec<float>)((every_second(0) >> 16 & 0xffff) | (every_second(1) & kUpper));
 }
 
-// What v has beyond its upper half, so that its own upper half is that rounded; nothing of an
-// infinity or NaN.
-FASTLSTM_INLINE Vec<float> second_term(Vec<float> v) {
-  const __m512i twice = _mm512_add_epi32((__m512i)v, (__m512i)v);  // without the sign
-  const __mmask16 finite = _mm512_cmplt_epu32_mask(twice, _mm512_set1_epi32(int32_t(0xff000000)));
-  const Vec<float> upper = (Vec<float>)((Bits<float>)v & kUpper);
-  const Vec<float> rest = _mm512_maskz_sub_ps(finite, v, upper);
-  return (Vec<float>)((Bits<float>)rest + 0x8000);
+// The floats whose upper halves are the terms of v: its own upper half, that of what is left,
+// rounded, and, in a third, all that is left then. An infinity or NaN has no second and third.
+template <int Terms>
+struct Split {
+  Vec<float> term[Terms];
+  FASTLSTM_INLINE explicit Split(Vec<float> v) {
+    term[0] = v;
+    if constexpr (Terms > 1) {
+      const __m512i twice = _mm512_add_epi32((__m512i)v, (__m512i)v);  // without the sign
+      const __mmask16 finite =
+          _mm512_cmplt_epu32_mask(twice, _mm512_set1_epi32(int32_t(0xff000000)));
+      const Vec<float> rest = _mm512_maskz_sub_ps(finite, v, upper(v));
+      term[1] = (Vec<float>)((Bits<float>)rest + 0x8000);
+      if constexpr (Terms > 2) term[2] = rest - upper(term[1]);
+    }
+  }
+
+ private:
+  static FASTLSTM_INLINE Vec<float> upper(Vec<float> v) {
+    return (Vec<float>)((Bits<float>)v & kUpper);
+  }
+};
+
+// The upper halves of `low` and of `high`, lane by lane, as words of two.
+FASTLSTM_INLINE Vec<float> words_of(Vec<float> low, Vec<float> high) {
+  return (Vec<float>)(((Bits<float>)low >> 16 & 0xffff) | ((Bits<float>)high & kUpper));
 }
 
 template <class S>
@@ -102,7 +138,7 @@ struct RowTiles {
   int64_t count, tiles, height;
   explicit RowTiles(int64_t count)
       : count(count), tiles((count + kSide - 1) / kSide), height((count + tiles - 1) / tiles) {}
-  // Of the height that `transpose_bf16` writes.
+  // Of the height that `transpose_terms` writes.
   static RowTiles of_strip(int64_t count) {
     RowTiles rows(count);
     rows.height = kSide;
@@ -126,10 +162,9 @@ FASTLSTM_INLINE Left<Terms> split(const RowTiles& rows, int64_t depth, float* ou
     const float* from = row(m);
     float* to = out + m / rows.height * steps * Terms * kTileSize + m % rows.height * kPairRow;
     const auto put = [&](Vec<float> low, Vec<float> high) {
-      store(to, upper_halves(low, high));
-      if constexpr (Terms == 2)
-        store(to + kTileSize, upper_halves(second_term(low), second_term(high)));
-      to += Terms * kTileSize;
+      const Split<Terms> first(low), second(high);
+      for (int i = 0; i < Terms; ++i, to += kTileSize)
+        store(to, upper_halves(first.term[i], second.term[i]));
     };
     int64_t k = 0;
     for (; k + kDepthOfTile <= depth; k += kDepthOfTile)
@@ -142,34 +177,31 @@ FASTLSTM_INLINE Left<Terms> split(const RowTiles& rows, int64_t depth, float* ou
 
 // The transposed columns m0 <= m < m1 of `count` rows, as terms: `out` is what Left has for their
 // products.
-void transpose_bf16(Rows<const float> a, int64_t count, int64_t m0, int64_t m1, float* out,
-                    int64_t) {
+template <class Numbers>
+void transpose_terms(Rows<const float> a, int64_t count, int64_t m0, int64_t m1, float* out,
+                     int64_t) {
+  constexpr int Terms = Numbers::kComputed;
   for (int64_t m = m0; m < m1; m += kSide)
-    for (int64_t k = 0; k < count; k += kDepthOfTile, out += 2 * kTileSize) {
-      Vec<float> first[kSide], second[kSide];
+    for (int64_t k = 0; k < count; k += kDepthOfTile) {
+      Vec<float> block[Terms][kSide];
       for (int64_t i = 0; i < kSide; ++i) {
         const auto row = [&](int64_t k) {
-          return k < count ? load_some(a.row(k) + m, m1 - m) : Vec<float>{};
+          return Split<Terms>(k < count ? load_some(a.row(k) + m, m1 - m) : Vec<float>{});
         };
-        const Vec<float> even = row(k + 2 * i), odd = row(k + 2 * i + 1);
-        const auto words = [](Vec<float> low, Vec<float> high) {
-          return (Vec<float>)(((Bits<float>)low >> 16 & 0xffff) | ((Bits<float>)high & kUpper));
-        };
-        first[i] = words(even, odd);
-        second[i] = words(second_term(even), second_term(odd));
+        const auto even = row(k + 2 * i), odd = row(k + 2 * i + 1);
+        for (int t = 0; t < Terms; ++t) block[t][i] = words_of(even.term[t], odd.term[t]);
       }
-      transpose_block<float>(first);
-      transpose_block<float>(second);
-      for (int64_t i = 0; i < kSide; ++i) {
-        store(out + i * kPairRow, first[i]);
-        store(out + kTileSize + i * kPairRow, second[i]);
+      for (int t = 0; t < Terms; ++t, out += kTileSize) {
+        transpose_block<float>(block[t]);
+        for (int64_t i = 0; i < kSide; ++i) store(out + i * kPairRow, block[t][i]);
       }
     }
 }
 
-void sum_rows_bf16(const float* a, int64_t, int64_t rows, int64_t columns, float* out,
-                   bool accumulate) {
-  const int64_t tiles = 2 * k_steps(columns);  // of a row tile
+template <class Numbers>
+void sum_rows_of_terms(const float* a, int64_t, int64_t rows, int64_t columns, float* out,
+                       bool accumulate) {
+  const int64_t tiles = Numbers::kComputed * k_steps(columns);  // of a row tile
   for (int64_t m = 0; m < rows; m += kSide, a += tiles * kTileSize) {
     Vec<float> total[kSide] = {};
     for (int64_t i = 0; i < tiles; ++i)
@@ -186,45 +218,55 @@ void sum_rows_bf16(const float* a, int64_t, int64_t rows, int64_t columns, float
 
 // ---- the tile product ---------------------------------------------------------------------------
 
-// Adds A B to the sums of M tiles of rows by W tiles of columns, in the order of k whatever M and
-// W. `b` is the first of W neighbours among the `vectors` tiles of a k-step. between(k-step) comes
-// after each.
-template <int M, int W, int Terms, class Between>
+// Which terms of A and of B, from 0, are multiplied; the products left out are less than a float
+// keeps. Two that follow each other share a term, which need not be loaded again.
+struct Pair {
+  int a, b;
+};
+template <int OfA, int OfB>
+constexpr Pair kPairs[] = {{1, 0}, {0, 0}};  // two terms and one
+template <>
+constexpr Pair kPairs<1, 1>[] = {{0, 0}};
+template <>
+constexpr Pair kPairs<3, 3>[] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 0}, {0, 2}};
+
+// f(Int<0>()), f(Int<1>()), ...
+template <int End, int I = 0, class F>
+FASTLSTM_INLINE void for_each_int(F&& f) {
+  if constexpr (I < End) {
+    f(Int<I>());
+    for_each_int<End, I + 1>(f);
+  }
+}
+
+// Adds A B to the sums of M tiles of rows by W tiles of columns, in the same order whatever M and
+// W. `b` is the first of W neighbours among the tiles that a k-step has for so many vectors.
+// Of the k-steps from `s` to `past`; between() comes after each.
+template <class Numbers, int M, int W, int Terms, class Between>
 FASTLSTM_INLINE void add_tiles(const Left<Terms>& left, int64_t t, const float* b, int64_t vectors,
-                               Between&& between) {
+                               int64_t s, int64_t past, Between&& between) {
+  constexpr int OfB = Numbers::kGiven;
+  constexpr auto& pairs = kPairs<Terms, OfB>;
   const float* a[M];
-  for (int m = 0; m < M; ++m) a[m] = left.tile(t + m);
-  for (int64_t s = 0; s < left.steps; ++s, b += vectors * kTileSize) {
-    if constexpr (M == 2) {
-      tile_load<kTileB>(b);
-      if constexpr (W == 2) tile_load<kTileB + 1>(b + kTileSize);
-      for (int term = 0; term < Terms; ++term) {
-        tile_load<kTileA>(a[0] + term * kTileSize);
-        tile_multiply<0, kTileA, kTileB>();
-        if constexpr (W == 2) tile_multiply<1, kTileA, kTileB + 1>();
-        tile_load<kTileA + 1>(a[1] + term * kTileSize);
-        tile_multiply<2, kTileA + 1, kTileB>();
-        if constexpr (W == 2) tile_multiply<3, kTileA + 1, kTileB + 1>();
-      }
-    } else {
-      tile_load<kTileA>(a[0]);
-      if constexpr (Terms == 2) tile_load<kTileA + 1>(a[0] + kTileSize);
-      const auto column = [&](auto place) {
-        constexpr int v = decltype(place)::value;
-        if constexpr (v < W) {
-          constexpr int B = kTileB + v % 2;
-          tile_load<B>(b + v * kTileSize);
-          tile_multiply<v, kTileA, B>();
-          if constexpr (Terms == 2) tile_multiply<v, kTileA + 1, B>();
-        }
-      };
-      column(Int<0>());
-      column(Int<1>());
-      column(Int<2>());
-      column(Int<3>());
-    }
+  for (int m = 0; m < M; ++m) a[m] = left.tile(t + m) + s * Terms * kTileSize;
+  b += s * vectors * OfB * kTileSize;
+  for (; s < past; ++s, b += vectors * OfB * kTileSize) {
+    for_each_int<sizeof(pairs) / sizeof(Pair)>([&](auto index) {
+      constexpr int k = decltype(index)::value;
+      constexpr bool new_a = k == 0 || pairs[k].a != pairs[k ? k - 1 : 0].a;
+      constexpr bool new_b = k == 0 || pairs[k].b != pairs[k ? k - 1 : 0].b || W > 2;
+      for_each_int<M>([&](auto row) {
+        constexpr int m = decltype(row)::value;
+        if constexpr (new_a) tile_load<kTileA + m>(a[m] + pairs[k].a * kTileSize);
+        for_each_int<W>([&](auto column) {
+          constexpr int v = decltype(column)::value, B = kTileB + v % 2;
+          if constexpr (new_b && m == 0) tile_load<B>(b + (v * OfB + pairs[k].b) * kTileSize);
+          tile_multiply<M * m + v, kTileA + m, B>();
+        });
+      });
+    });
     for (int m = 0; m < M; ++m) a[m] += Terms * kTileSize;
-    between(s);
+    between();
   }
 }
 
@@ -233,52 +275,71 @@ struct alignas(64) Sums {
   float of[2][kPanelVectors][kSide][kSide];
 };
 
-// Where the sums of one or two tiles of rows and the vectors of a panel stand: floats from row to
-// row, from vector to vector, from tile to tile.
+// Where the sums of one or two tiles of `height` rows and the vectors of a panel stand: floats from
+// row to row, from vector to vector, from tile to tile.
 struct Place {
   float* data;
-  int64_t row, vector, tile;
-  Place(Sums* sums)
+  int64_t row, vector, tile, height;
+  Place(Sums* sums, int64_t height)
       : data(&sums->of[0][0][0][0]),
         row(kSide),
         vector(kTileSize),
-        tile(kPanelVectors * kTileSize) {}
-  Place(float* data, int64_t row, int64_t vector, int64_t tile)
-      : data(data), row(row), vector(vector), tile(tile) {}
+        tile(kPanelVectors * kTileSize),
+        height(height) {}
+  Place(float* data, int64_t row, int64_t vector, int64_t height)
+      : data(data), row(row), vector(vector), tile(height * row), height(height) {}
 };
 
-// What add(Int<M>(), first vector, Int<W>()) adds to the sums of M row tiles and of W vectors from
-// `first` on, which begin with what is there or, if `fresh`, with zeros.
-template <int M, int W, class Add>
-FASTLSTM_INLINE void sum_tiles(int first, bool fresh, const Place& sums, Add&& add) {
-  const auto each = [&](auto&& f) {
-    const auto one = [&](auto number) {
-      constexpr int C = decltype(number)::value, kWide = M == 2 ? 2 : 4;
-      if constexpr (C / kWide < M && C % kWide < W)
-        f(number, sums.data + C / kWide * sums.tile + (first + C % kWide) * sums.vector);
-    };
-    one(Int<0>());
-    one(Int<1>());
-    one(Int<2>());
-    one(Int<3>());
+// What add(Int<M>(), first vector, Int<W>(), first k-step, past the last) adds over so many k-steps
+// to the sums of M row tiles and of W vectors from `first` on, which begin with what is there or,
+// if `fresh`, with zeros.
+template <class Numbers, int M, int W, class Add>
+FASTLSTM_INLINE void sum_tiles(int first, bool fresh, const Place& sums, int64_t steps, Add&& add) {
+  constexpr int kWide = M == 2 ? 2 : 4;
+  const auto each = [&](const Place& place, auto&& f) {
+    for_each_int<M>([&](auto row) {
+      for_each_int<W>([&](auto column) {
+        constexpr int m = decltype(row)::value, v = decltype(column)::value;
+        f(Int<kWide * m + v>(), place.data + m * place.tile + (first + v) * place.vector);
+      });
+    });
   };
-  if (fresh)
-    each([](auto tile, float*) { tile_zero<decltype(tile)::value>(); });
-  else
-    each([&](auto tile, float* at) { tile_load<decltype(tile)::value>(at, sums.row); });
-  add(Int<M>(), first, Int<W>());
-  each([&](auto tile, float* at) { tile_store<decltype(tile)::value>(at, sums.row); });
+  const auto store_to = [&](const Place& place) {
+    each(place, [&](auto tile, float* at) { tile_store<decltype(tile)::value>(at, place.row); });
+  };
+  const int64_t chains = Numbers::kChain ? (steps + Numbers::kChain - 1) / Numbers::kChain : 1;
+  for (int64_t c = 0; c < chains; ++c) {
+    each(sums, [&](auto tile, float* at) {
+      if (fresh || c > 0)
+        tile_zero<decltype(tile)::value>();
+      else
+        tile_load<decltype(tile)::value>(at, sums.row);
+    });
+    add(Int<M>(), first, Int<W>(), steps * c / chains, steps * (c + 1) / chains);
+    if (c == 0) {
+      store_to(sums);
+      continue;
+    }
+    Sums chain;
+    store_to(Place(&chain, sums.height));
+    for (int m = 0; m < M; ++m)
+      for (int v = first; v < first + W; ++v)
+        for (int64_t r = 0; r < sums.height; ++r) {
+          float* const at = sums.data + m * sums.tile + v * sums.vector + r * sums.row;
+          store(at, load((const float*)at) + load((const float*)chain.of[m][v][r]));
+        }
+  }
 }
 
 // The same of V vectors and of row tiles from t on, two if there are.
-template <int V, class Add>
+template <class Numbers, int V, class Add>
 FASTLSTM_INLINE void sum_rows_at(const RowTiles& rows, int64_t t, bool fresh, const Place& sums,
-                                 Add&& add) {
+                                 int64_t steps, Add&& add) {
   if (t + 1 < rows.tiles) {
-    sum_tiles<2, V == 1 ? 1 : 2>(0, fresh, sums, add);
-    if constexpr (V > 2) sum_tiles<2, V - 2>(2, fresh, sums, add);
+    sum_tiles<Numbers, 2, V == 1 ? 1 : 2>(0, fresh, sums, steps, add);
+    if constexpr (V > 2) sum_tiles<Numbers, 2, V - 2>(2, fresh, sums, steps, add);
   } else {
-    sum_tiles<1, V>(0, fresh, sums, add);
+    sum_tiles<Numbers, 1, V>(0, fresh, sums, steps, add);
   }
 }
 
@@ -332,36 +393,16 @@ class Rest {
 };
 
 // The sums of all row tiles, two at a time, with a panel of V vectors, and what `rest` does with
-// them. add(first row tile, Int<row tiles>, first vector, Int<vectors>, pass) adds to them.
-template <int V, int R, class F, class Add>
-FASTLSTM_INLINE void sum_rows_of(const RowTiles& rows, int64_t panel, Rest<R, F>& rest, Add&& add) {
-  int64_t pass = 0;
+// them. add(first row tile, ...) adds to them as in sum_tiles().
+template <class Numbers, int V, int R, class F, class Add>
+FASTLSTM_INLINE void sum_rows_of(const RowTiles& rows, int64_t panel, int64_t steps,
+                                 Rest<R, F>& rest, Add&& add) {
   for (int64_t t = 0; t < rows.tiles; t += 2) {
-    sum_rows_at<V>(rows, t, true, rest.next(),
-                   [&](auto m, int v, auto w) { add(t, m, v, w, pass++); });
+    sum_rows_at<Numbers, V>(rows, t, true, Place(rest.next(), rows.height), steps,
+                            [&](auto... part) { add(t, part...); });
     rest.are(panel, t, t + 1 < rows.tiles ? 2 : 1);
   }
 }
-
-// What brings the next panel into L2 while this one is used, where panels come from afar: in each
-// pass over the k-steps a part of the lines of each.
-class Ahead {
- public:
-  Ahead(const RowTiles& rows, int64_t panels_bytes) {
-    const int64_t passes = (rows.tiles + 1) / 2 * 2;
-    lines_ = panels_bytes > kNear && rows.tiles > 1 ? (kLines + passes - 1) / passes : 0;
-  }
-  // For k-step s of a panel from `next` on.
-  FASTLSTM_INLINE void ask(const float* next, int64_t vectors, int64_t pass, int64_t s) const {
-    const char* from = (const char*)(next + s * vectors * kTileSize) + pass * lines_ * 64;
-    for (int64_t i = 0; i < lines_; ++i) __builtin_prefetch(from + i * 64, 0, 2);
-  }
-
- private:
-  static constexpr int64_t kNear = 1 << 20;
-  static constexpr int64_t kLines = kPanelVectors * kTileSize * 4 / 64;
-  int64_t lines_;
-};
 
 // f(first row, rows) for parts of the rows m0 <= m < m1 whose terms, `terms` of bfloat16 for each
 // row, have room in memory of terms_size().
@@ -369,8 +410,9 @@ int64_t rows_at_once(int64_t terms) {
   const int64_t rows = kTermsSize / (terms / 2) / kFewestRows * kFewestRows;
   return rows < kFewestRows ? kFewestRows : rows;
 }
+template <class Numbers>
 int64_t terms_size(int64_t rows, int64_t depth) {
-  const int64_t row = k_steps(depth) * kDepthOfTile;  // floats of two terms
+  const int64_t row = k_steps(depth) * kPairRow * Numbers::kComputed;
   const int64_t all = (rows + kSide - 1) / kSide * kSide * row;
   const int64_t most = kFewestRows * row < kTermsSize ? kTermsSize : kFewestRows * row;
   return all < most ? all : most;
@@ -383,48 +425,57 @@ FASTLSTM_INLINE void for_parts(int64_t m0, int64_t m1, int64_t terms, F&& f) {
 
 // ---- pack ---------------------------------------------------------------------------------------
 
-// A tile of B = W^T: `columns` rows of W, from `w` on, and `depth` of their elements.
-template <class S>
-FASTLSTM_INLINE void pack_tile(const S* w, int64_t step, int64_t columns, int64_t depth,
-                               float* out) {
-  Vec<float> block[kSide];
-  for (int64_t j = 0; j < kSide; ++j)
-    block[j] = j >= columns ? Vec<float>{}
-                            : upper_halves(load_some(w + j * step, depth),
-                                           load_some(w + j * step + kSide, depth - kSide));
-  transpose_block<float>(block);
-  for (int64_t k = 0; k < kSide; ++k) store(out + k * kPairRow, block[k]);
+// The tiles, of each term one, of B = W^T: `columns` rows of W, from `w` on, and `depth` of their
+// elements.
+template <class Numbers, class S>
+FASTLSTM_INLINE void pack_tiles(const S* w, int64_t step, int64_t columns, int64_t depth,
+                                float* out) {
+  constexpr int Terms = Numbers::kGiven;
+  Vec<float> block[Terms][kSide];
+  for (int64_t j = 0; j < kSide; ++j) {
+    const bool here = j < columns;
+    const Split<Terms> low(here ? load_some(w + j * step, depth) : Vec<float>{});
+    const Split<Terms> high(here ? load_some(w + j * step + kSide, depth - kSide) : Vec<float>{});
+    for (int t = 0; t < Terms; ++t) block[t][j] = upper_halves(low.term[t], high.term[t]);
+  }
+  for (int t = 0; t < Terms; ++t, out += kTileSize) {
+    transpose_block<float>(block[t]);
+    for (int64_t k = 0; k < kSide; ++k) store(out + k * kPairRow, block[t][k]);
+  }
 }
 
-void pack_gates_bf16(Matrix<float> matrix, int64_t hidden, int64_t depth, int64_t p0, int64_t p1,
-                     float* out) {
+template <class Numbers>
+void pack_gates_as_terms(Matrix<float> matrix, int64_t hidden, int64_t depth, int64_t p0,
+                         int64_t p1, float* out) {
   const int64_t steps = k_steps(depth);
   with_elements(matrix, [&](auto* w) {
     for (int64_t p = p0; p < p1; ++p)
       for (int64_t s = 0; s < steps; ++s)
         for (int64_t gate = 0; gate < kPanelVectors; ++gate)
-          pack_tile(w + (gate * hidden + p * kSide) * depth + s * kDepthOfTile, depth,
-                    hidden - p * kSide, depth - s * kDepthOfTile,
-                    out + ((p * steps + s) * kPanelVectors + gate) * kTileSize);
+          pack_tiles<Numbers>(w + (gate * hidden + p * kSide) * depth + s * kDepthOfTile, depth,
+                              hidden - p * kSide, depth - s * kDepthOfTile,
+                              out + ((p * steps + s) * kPanelVectors + gate) * kTileOf<Numbers>);
   });
 }
 
-// The vectors of a panel, whose rows take half a float for each column.
+// The vectors of a panel, whose rows take half a float for each column and term.
+template <class Numbers>
 FASTLSTM_INLINE int64_t vectors_of(const Panels<float>& panels, int64_t p) {
-  return panels.step(p) / (kSide / 2);
+  return panels.step(p) / (kSide / 2 * Numbers::kGiven);
 }
 
-void pack_columns_bf16(Matrix<float> matrix, int64_t depth, int64_t columns, int64_t p0, int64_t p1,
-                       Panels<float> to) {
+template <class Numbers>
+void pack_columns_as_terms(Matrix<float> matrix, int64_t depth, int64_t columns, int64_t p0,
+                           int64_t p1, Panels<float> to) {
   with_elements(matrix, [&](auto* w) {
     for (int64_t p = p0; p < p1; ++p) {
-      const int64_t vectors = vectors_of(to, p);
+      const int64_t vectors = vectors_of<Numbers>(to, p);
       for (int64_t s = 0; s < k_steps(depth); ++s)
         for (int64_t v = 0; v < vectors; ++v) {
           const int64_t first = (p * kPanelVectors + v) * kSide;
-          pack_tile(w + first * depth + s * kDepthOfTile, depth, columns - first,
-                    depth - s * kDepthOfTile,
-                    const_cast<float*>(to.at(p)) + (s * vectors + v) * kTileSize);
+          pack_tiles<Numbers>(w + first * depth + s * kDepthOfTile, depth, columns - first,
+                              depth - s * kDepthOfTile,
+                              const_cast<float*>(to.at(p)) + (s * vectors + v) * kTileOf<Numbers>);
         }
     }
   });
@@ -432,105 +483,106 @@ void pack_columns_bf16(Matrix<float> matrix, int64_t depth, int64_t columns, int
 
 // Rows come one after the other, so an even one may clear the place of the odd one after it, and
 // the last the rest of its k-step.
-template <class S>
-void pack_rows_bf16(Rows<const S> b, int64_t k0, int64_t count, int64_t columns, int64_t p0,
-                    int64_t p1, Panels<float> to) {
+template <class Numbers, class S>
+void pack_rows_as_terms(Rows<const S> b, int64_t k0, int64_t count, int64_t columns, int64_t p0,
+                        int64_t p1, Panels<float> to) {
   const int64_t end = k0 + count, cleared = k_steps(end) * kDepthOfTile;
   for (int64_t p = p0; p < p1; ++p) {
-    const int64_t vectors = vectors_of(to, p), first = p * kPanelVectors * kSide;
+    const int64_t vectors = vectors_of<Numbers>(to, p), first = p * kPanelVectors * kSide;
     for (int64_t k = k0; k < cleared;) {
-      float* const out = const_cast<float*>(to.at(p)) + k / kDepthOfTile * vectors * kTileSize +
+      float* const out = const_cast<float*>(to.at(p)) +
+                         k / kDepthOfTile * vectors * kTileOf<Numbers> +
                          k % kDepthOfTile / 2 * kPairRow;
       const bool here = k < end, pair = k % 2 == 0 && k + 1 < end;
       const S* const row = here ? b.row(k - k0) + first : nullptr;
       const S* const after = pair ? b.row(k + 1 - k0) + first : nullptr;
       for (int64_t v = 0; v < vectors; ++v) {
-        float* const place = out + v * kTileSize;
         const int64_t left = columns - first - v * kSide;
-        const auto bits = [&](const S* from) {
-          return (Bits<float>)load_some(from + v * kSide, left);
+        const auto split = [&](const S* from) {
+          return Split<Numbers::kGiven>(from ? load_some(from + v * kSide, left) : Vec<float>{});
         };
-        if (pair)
-          store(place, (Vec<float>)((bits(row) >> 16 & 0xffff) | (bits(after) & kUpper)));
-        else if (here && k % 2)
-          store(place, (Vec<float>)(((Bits<float>)load(place) & 0xffff) | (bits(row) & kUpper)));
-        else if (here)
-          store(place, (Vec<float>)(bits(row) >> 16 & 0xffff));
-        else if (k % 2 == 0)
-          store(place, Vec<float>{});
+        const auto even = split(k % 2 ? nullptr : row), odd = split(k % 2 ? row : after);
+        for (int t = 0; t < Numbers::kGiven; ++t) {
+          float* const place = out + v * kTileOf<Numbers> + t * kTileSize;
+          const Vec<float> words = words_of(even.term[t], odd.term[t]);
+          if (k % 2 == 0)
+            store(place, words);
+          else if (here)
+            store(place, (Vec<float>)(((Bits<float>)load(place) & 0xffff) | (Bits<float>)words));
+        }
       }
       k += pair ? 2 : 1;
     }
   }
 }
 
-void pack_matrix_bf16(Matrix<float> matrix, int64_t depth, int64_t columns, int64_t p0, int64_t p1,
-                      Panels<float> to) {
-  with_elements(
-      matrix, [&](auto* w) { pack_rows_bf16(rows_of(w, columns), 0, depth, columns, p0, p1, to); });
+template <class Numbers>
+void pack_matrix_as_terms(Matrix<float> matrix, int64_t depth, int64_t columns, int64_t p0,
+                          int64_t p1, Panels<float> to) {
+  with_elements(matrix, [&](auto* w) {
+    pack_rows_as_terms<Numbers>(rows_of(w, columns), 0, depth, columns, p0, p1, to);
+  });
 }
 
 // ---- products and steps -------------------------------------------------------------------------
 
-// The sums of all row tiles with panel p of B, and what `rest` does with them; `next` is the panel
-// after it.
-template <int Terms, int R, class F>
+// The sums of all row tiles with panel p of B, and what `rest` does with them.
+template <class Numbers, int Terms, int R, class F>
 FASTLSTM_INLINE void sum_panel(const Left<Terms>& left, const RowTiles& rows,
-                               const Panels<float>& b, int64_t p, int64_t next, Rest<R, F>& rest,
-                               const Ahead& ahead) {
-  with_int<kPanelVectors>(vectors_of(b, p), [&](auto many) {
+                               const Panels<float>& b, int64_t p, Rest<R, F>& rest) {
+  with_int<kPanelVectors>(vectors_of<Numbers>(b, p), [&](auto many) {
     constexpr int V = decltype(many)::value;
-    sum_rows_of<V>(rows, p, rest, [&](int64_t t, auto tall, int v, auto wide, int64_t pass) {
-      add_tiles<decltype(tall)::value, decltype(wide)::value>(
-          left, t, b.at(p) + v * kTileSize, V, [&](int64_t s) {
-            ahead.ask(b.at(next), vectors_of(b, next), pass, s);
-            rest.some();
-          });
-    });
+    sum_rows_of<Numbers, V>(
+        rows, p, left.steps, rest,
+        [&](int64_t t, auto tall, int v, auto wide, int64_t from, int64_t past) {
+          add_tiles<Numbers, decltype(tall)::value, decltype(wide)::value>(
+              left, t, b.at(p) + v * kTileOf<Numbers>, V, from, past, [&] { rest.some(); });
+        });
   });
 }
 
-// A product whose columns are those of gates.
-template <int Terms>
-void product_of_gates(const Left<Terms>& left, const RowTiles& rows, int64_t m,
+// A product whose sums are added to C while the tiles multiply for the next ones.
+template <class Numbers, int Terms>
+void product_and_rest(const Left<Terms>& left, const RowTiles& rows, int64_t m,
                       const Product<float>& in, int64_t p0, int64_t p1) {
-  const auto put = [&](int64_t p, int64_t row, const float* sums, Int<1>) {
-    const int64_t unit = p * kSide, H = in.columns.count;
-    float* const c = in.c.row(m + row) + unit;
-    with_lanes<float>(H - unit, [&](auto part) {
-      for (int64_t gate = 0; gate < kPanelVectors; ++gate) {
-        Vec<float> sum = load(sums + gate * kTileSize);
-        if (in.start) sum += part.get(in.start + unit + gate * H);
-        if (in.accumulate) sum += part.get((const float*)c + gate * H);
-        part.put(c + gate * H, sum);
-      }
-    });
+  const auto [count, gates] = in.columns;
+  const auto put = [&, count = count, gates = gates](int64_t p, int64_t row, const float* sums,
+                                                     Int<1>) {
+    float* const c = in.c.row(m + row);
+    const int64_t later = row + 2 * rows.height;
+    const float* const ahead = in.accumulate && later < rows.count ? in.c.row(m + later) : nullptr;
+    for (int64_t v = 0; v < vectors_of<Numbers>(in.b, p); ++v) {
+      const int64_t column = (gates ? p : p * kPanelVectors + v) * kSide;
+      const int64_t at = gates ? column + v * count : column;
+      if (ahead) __builtin_prefetch(ahead + at, 1, 3);
+      with_lanes<float>(count - column, [&](auto part) {
+        Vec<float> sum = load(sums + v * kTileSize);
+        if (in.start) sum += part.get(in.start + at);
+        if (in.accumulate) sum += part.get((const float*)c + at);
+        part.put(c + at, sum);
+      });
+    }
   };
   const TileShape shape(rows.height);
   Rest<1, decltype(put)> rest(rows, left.steps, put);
-  const Ahead ahead(rows, (p1 - p0) * left.steps * kPanelVectors * kTileSize * 4);
-  for (int64_t p = p0; p < p1; ++p)
-    sum_panel(left, rows, in.b, p, p + 1 < p1 ? p + 1 : p0, rest, ahead);
+  for (int64_t p = p0; p < p1; ++p) sum_panel<Numbers>(left, rows, in.b, p, rest);
   rest.finish();
 }
 
 // A product whose sums begin with C, or with zeros: the tiles are those of C itself, but at its
 // edges, where they are copies.
-template <int Terms>
-void product_of(const Left<Terms>& left, const RowTiles& rows, int64_t m, const Product<float>& in,
-                int64_t p0, int64_t p1) {
+template <class Numbers, int Terms>
+void product_in_place(const Left<Terms>& left, const RowTiles& rows, int64_t m,
+                      const Product<float>& in, int64_t p0, int64_t p1) {
   const Rows<float>& c = in.c;
   const bool even = c.batch == 1 || c.step_t == c.batch * c.step_n;
   const int64_t step = c.batch == 1 ? c.step_t : c.step_n;
   const TileShape shape(rows.height);
-  const Ahead ahead(rows, (p1 - p0) * left.steps * kPanelVectors * kTileSize * 4);
   Sums edge;
   for (int64_t p = p0; p < p1; ++p) {
     const float* const b = in.b.at(p);
-    const int64_t next = p + 1 < p1 ? p + 1 : p0;
     const int64_t first = p * kPanelVectors * kSide;
-    int64_t pass = 0;
-    with_int<kPanelVectors>(vectors_of(in.b, p), [&](auto many) {
+    with_int<kPanelVectors>(vectors_of<Numbers>(in.b, p), [&](auto many) {
       constexpr int V = decltype(many)::value;
       for (int64_t t = 0; t < rows.tiles; t += 2) {
         const int64_t row = t * rows.height, height = (t + 1 < rows.tiles ? 2 : 1) * rows.height;
@@ -550,41 +602,51 @@ void product_of(const Left<Terms>& left, const RowTiles& rows, int64_t m, const 
             }
         };
         if (!whole && in.accumulate) copy(false);
-        const Place sums =
-            whole ? Place(c.row(m + row) + first, step, kSide, rows.height * step) : Place(&edge);
-        sum_rows_at<V>(rows, t, !in.accumulate, sums, [&](auto tall, int v, auto wide) {
-          add_tiles<decltype(tall)::value, decltype(wide)::value>(
-              left, t, b + v * kTileSize, V,
-              [&](int64_t s) { ahead.ask(in.b.at(next), vectors_of(in.b, next), pass, s); });
-          ++pass;
-        });
+        const Place sums = whole ? Place(c.row(m + row) + first, step, kSide, rows.height)
+                                 : Place(&edge, rows.height);
+        sum_rows_at<Numbers, V>(rows, t, !in.accumulate, sums, left.steps,
+                                [&](auto tall, int v, auto wide, int64_t from, int64_t past) {
+                                  add_tiles<Numbers, decltype(tall)::value, decltype(wide)::value>(
+                                      left, t, b + v * kTileOf<Numbers>, V, from, past, [] {});
+                                });
         if (!whole) copy(true);
       }
     });
   }
 }
 
-template <int Terms>
+template <class Numbers, int Terms>
+void product_of(const Left<Terms>& left, const RowTiles& rows, int64_t m, const Product<float>& in,
+                int64_t p0, int64_t p1) {
+  // A sum that begins with C would be one chain over all passes.
+  if constexpr (Numbers::kChain == 0)
+    if (!in.columns.gates) return product_in_place<Numbers>(left, rows, m, in, p0, p1);
+  product_and_rest<Numbers>(left, rows, m, in, p0, p1);
+}
+
+template <class Numbers, int Terms>
 void product_of_rows(const Product<float>& in, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
   const int64_t terms = Terms * k_steps(in.depth) * kDepthOfTile;
   for_parts(m0, m1, terms, [&](int64_t m, const RowTiles& rows) {
     const auto row = [&](int64_t r) { return in.a.row(m + r); };
     const auto left = split<Terms>(rows, in.depth, in.scratch, row);
-    (in.columns.gates ? product_of_gates<Terms> : product_of<Terms>)(left, rows, m, in, p0, p1);
+    product_of<Numbers>(left, rows, m, in, p0, p1);
   });
 }
 
-void product_bf16(const Product<float>& in, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+template <class Numbers>
+void product_of_terms(const Product<float>& in, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
   if (in.strip)
-    return product_of(Left<2>{in.a.data, k_steps(in.depth)}, RowTiles::of_strip(m1 - m0), m0, in,
-                      p0, p1);
+    return product_of<Numbers>(Left<Numbers::kComputed>{in.a.data, k_steps(in.depth)},
+                               RowTiles::of_strip(m1 - m0), m0, in, p0, p1);
   Product<float> pass = in;
   for (int64_t k = 0; k < in.depth; k += kPass) {
     pass.depth = in.depth - k < kPass ? in.depth - k : kPass;
     pass.a.data = in.a.data + k;
     pass.b.data = in.b.data + k * in.b.row_step;
     pass.b.tail = in.b.tail + k * in.b.tail_row_step;
-    (in.exact ? product_of_rows<1> : product_of_rows<2>)(pass, m0, m1, p0, p1);
+    (in.given ? product_of_rows<Numbers, Numbers::kGiven>
+              : product_of_rows<Numbers, Numbers::kComputed>)(pass, m0, m1, p0, p1);
     pass.start = nullptr;
     pass.accumulate = true;
   }
@@ -594,15 +656,17 @@ void product_bf16(const Product<float>& in, int64_t m0, int64_t m1, int64_t p0, 
 // longer than the tiles; two rows side by side then fill the gaps in each other's operations.
 constexpr int64_t kStepsOfCell = 12;
 
-void step_forward_bf16(const StepForward<float>& in, int64_t n0, int64_t n1, int64_t p0,
-                       int64_t p1) {
-  constexpr int V = kPanelVectors;
+template <class Numbers>
+void step_forward_of_terms(const StepForward<float>& in, int64_t n0, int64_t n1, int64_t p0,
+                           int64_t p1) {
+  constexpr int V = kPanelVectors, OfX = Numbers::kGiven, OfH = Numbers::kComputed;
   const int64_t H = in.hidden, x_steps = k_steps(in.input), h_steps = k_steps(in.output);
-  for_parts(n0, n1, (x_steps + 2 * h_steps) * kDepthOfTile, [&](int64_t n, const RowTiles& rows) {
+  const int64_t terms = (x_steps * OfX + h_steps * OfH) * kDepthOfTile;
+  for_parts(n0, n1, terms, [&](int64_t n, const RowTiles& rows) {
     const auto x =
-        split<1>(rows, in.input, in.scratch, [&](int64_t r) { return in.x.at(0, n + r); });
-    const auto h = split<2>(rows, in.output, in.scratch + rows.tiles * kSide * x_steps * kPairRow,
-                            [&](int64_t r) { return in.h_prev.at(0, n + r); });
+        split<OfX>(rows, in.input, in.scratch, [&](int64_t r) { return in.x.at(0, n + r); });
+    const auto h = split<OfH>(rows, in.output, in.scratch + rows.tiles * x_steps * OfX * kTileSize,
+                              [&](int64_t r) { return in.h_prev.at(0, n + r); });
     const auto cells = [&](int64_t p, int64_t row, const float* sums, auto many) {
       constexpr int R = decltype(many)::value;
       const int64_t unit = p * kSide;
@@ -616,21 +680,21 @@ void step_forward_bf16(const StepForward<float>& in, int64_t n0, int64_t n1, int
       });
     };
     const TileShape shape(rows.height);
-    const Ahead ahead(rows, (p1 - p0) * (x_steps + h_steps) * V * kTileSize * 4);
     const auto run = [&](auto&& rest) {
-      for_panels(in.step, p0, p1, [&](int64_t p, int64_t next) {
-        sum_rows_of<V>(rows, p, rest, [&](int64_t t, auto tall, int v, auto wide, int64_t pass) {
-          const auto add = [&](const auto& left, const float* w) {
-            const int64_t panel = left.steps * V * kTileSize;
-            add_tiles<decltype(tall)::value, decltype(wide)::value>(
-                left, t, w + p * panel + v * kTileSize, V, [&](int64_t s) {
-                  ahead.ask(w + next * panel, V, pass, s);
-                  rest.some();
-                });
+      for_panels(in.step, p0, p1, [&](int64_t p, int64_t) {
+        const auto sums = [&](int64_t t, auto tall, int v, auto wide, int64_t from, int64_t past) {
+          // Of the k-steps of x, which come first, and of h, those from `from` to `past`.
+          const auto add = [&](const auto& left, const float* w, int64_t first) {
+            const int64_t panel = left.steps * V * kTileOf<Numbers>;
+            const int64_t begin = from > first ? from - first : 0, end = past - first;
+            add_tiles<Numbers, decltype(tall)::value, decltype(wide)::value>(
+                left, t, w + p * panel + v * kTileOf<Numbers>, V, begin,
+                end < left.steps ? end : left.steps, [&] { rest.some(); });
           };
-          add(x, in.w_ih.full());
-          add(h, in.w_hh.full());
-        });
+          add(x, in.w_ih.full(), 0);
+          add(h, in.w_hh.full(), x_steps);
+        };
+        sum_rows_of<Numbers, V>(rows, p, x_steps + h_steps, rest, sums);
       });
       rest.finish();
     };
@@ -641,15 +705,17 @@ void step_forward_bf16(const StepForward<float>& in, int64_t n0, int64_t n1, int
   });
 }
 
-void step_backward_bf16(const StepBackward<float>& in, int64_t n0, int64_t n1, int64_t p0,
-                        int64_t p1) {
+template <class Numbers>
+void step_backward_of_terms(const StepBackward<float>& in, int64_t n0, int64_t n1, int64_t p0,
+                            int64_t p1) {
+  constexpr int Terms = Numbers::kComputed;
   const int64_t H = in.hidden, steps = k_steps(in.depth);
   if (!in.next.data) return step_backward<float>(in, n0, n1, p0, p1);
-  for_parts(n0, n1, 2 * steps * kDepthOfTile, [&](int64_t n, const RowTiles& rows) {
+  for_parts(n0, n1, Terms * steps * kDepthOfTile, [&](int64_t n, const RowTiles& rows) {
     const auto left =
-        split<2>(rows, in.depth, in.scratch, [&](int64_t r) { return in.next.at(0, n + r); });
+        split<Terms>(rows, in.depth, in.scratch, [&](int64_t r) { return in.next.at(0, n + r); });
     const auto cells = [&](int64_t p, int64_t row, const float* sums, Int<1>) {
-      for (int64_t v = 0; v < vectors_of(in.w, p); ++v) {
+      for (int64_t v = 0; v < vectors_of<Numbers>(in.w, p); ++v) {
         const int64_t unit = (p * kPanelVectors + v) * kSide;
         with_lanes<float>(H - unit, [&](auto part) {
           Vec<float> dh = load(sums + v * kTileSize);
@@ -661,36 +727,39 @@ void step_backward_bf16(const StepBackward<float>& in, int64_t n0, int64_t n1, i
     };
     const TileShape shape(rows.height);
     Rest<1, decltype(cells)> rest(rows, steps, cells);
-    const Ahead ahead(rows, (p1 - p0) * steps * kPanelVectors * kTileSize * 4);
     for_panels(in.step, p0, p1,
-               [&](int64_t p, int64_t next) { sum_panel(left, rows, in.w, p, next, rest, ahead); });
+               [&](int64_t p, int64_t) { sum_panel<Numbers>(left, rows, in.w, p, rest); });
     rest.finish();
   });
 }
 
+template <class Numbers>
 constexpr Kernels<float> tiles_table() {
   Kernels<float> kernels = table<float>();
-  kernels.panel_row = kPanelVectors * kSide / 2;
+  kernels.panel_row = kPanelVectors * kSide * Numbers::kGiven / 2;
   kernels.panel_depth = kDepthOfTile;
-  kernels.panel_cycles = 0.25;
+  kernels.panel_cycles = Numbers::kCycles;
+  kernels.tile_rows = kSide;
   kernels.strip_rows = 192;
-  kernels.strip_depth = 320;
-  kernels.scratch_size = terms_size;
-  kernels.pack_gates = pack_gates_bf16;
-  kernels.pack_rows = pack_rows_bf16<float>;
-  kernels.pack_matrix = pack_matrix_bf16;
-  kernels.pack_columns = pack_columns_bf16;
-  kernels.transpose = transpose_bf16;
-  kernels.sum_rows = sum_rows_bf16;
-  kernels.product = product_bf16;
-  kernels.step_forward = step_forward_bf16;
-  kernels.step_backward = step_backward_bf16;
+  kernels.strip_depth = Numbers::kStripDepth;
+  kernels.strip_size = kernels.strip_rows * kernels.strip_depth * Numbers::kComputed / 2;
+  kernels.scratch_size = terms_size<Numbers>;
+  kernels.pack_gates = pack_gates_as_terms<Numbers>;
+  kernels.pack_rows = pack_rows_as_terms<Numbers, float>;
+  kernels.pack_matrix = pack_matrix_as_terms<Numbers>;
+  kernels.pack_columns = pack_columns_as_terms<Numbers>;
+  kernels.transpose = transpose_terms<Numbers>;
+  kernels.sum_rows = sum_rows_of_terms<Numbers>;
+  kernels.product = product_of_terms<Numbers>;
+  kernels.step_forward = step_forward_of_terms<Numbers>;
+  kernels.step_backward = step_backward_of_terms<Numbers>;
   return kernels;
 }
 
 }  // namespace
 
-extern const Kernels<float> kernels_bf16 = tiles_table();
+extern const Kernels<float> kernels_bf16 = tiles_table<Bf16>();
+extern const Kernels<float> kernels_f32_tiles = tiles_table<Floats>();
 
 }  // namespace FASTLSTM_ISA
 }  // namespace fastlstm
