@@ -432,6 +432,8 @@ py::dict show_plan(int64_t T, int64_t N, int64_t D, int64_t H, int threads, int 
   shown["panel_groups"] = plan.panel_groups;
   shown["threads"] = plan.threads();
   shown["direct"] = plan.direct;
+  shown["floats_on_tiles"] =
+      (backward ? use_backward : use_forward)(sizes, false) == Use::floats_on_tiles;
   shown["input_in_step"] = plan.input_in_step;
   shown["block"] = plan.block;
   shown["layers_at_once"] = layers_at_once({T, N, H, H, H}, D, machine(itemsize), layers, threads);

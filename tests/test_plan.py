@@ -62,6 +62,28 @@ def test_which_layers_run_at_the_same_time(isa, sizes, layers, at_once):
     assert _core.plan(*sizes, 2, 4, False, layers)["layers_at_once"] == at_once
 
 
+@pytest.mark.parametrize(
+    ("N", "H", "forward", "backward"),
+    [
+        (15, 512, False, False),  # less than a tile of rows
+        (16, 512, True, True),
+        (31, 1000, False, True),  # W_hh comes from afar
+        (32, 1000, True, True),
+        (100, 47, False, False),  # few units
+        (100, 48, True, False),
+        (100, 96, True, True),
+        (16, 191, True, False),  # few cells
+        (16, 192, True, True),
+    ],
+)
+def test_when_floats_go_on_tiles(N, H, forward, backward):
+    for T, D, threads in ((100, 1, 1), (5, 1000, 3)):  # of which nothing depends
+        for pays, back in ((forward, False), (backward, True)):
+            plan = _core.plan(T, N, D, H, threads, 4, back)
+            assert plan["floats_on_tiles"] == pays
+    assert not _core.plan(1, 1, 8, 512, 1, 4, False)["floats_on_tiles"]
+
+
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize(
     ("sizes", "split"),
