@@ -246,21 +246,22 @@ template <class Numbers, int M, int W, int Terms, class Between>
 FASTLSTM_INLINE void add_tiles(const Left<Terms>& left, int64_t t, const float* b, int64_t vectors,
                                int64_t s, int64_t past, Between&& between) {
   constexpr int OfB = Numbers::kGiven;
-  constexpr auto& pairs = kPairs<Terms, OfB>;
+  constexpr int count = sizeof(kPairs<Terms, OfB>) / sizeof(Pair);
   const float* a[M];
   for (int m = 0; m < M; ++m) a[m] = left.tile(t + m) + s * Terms * kTileSize;
   b += s * vectors * OfB * kTileSize;
   for (; s < past; ++s, b += vectors * OfB * kTileSize) {
-    for_each_int<sizeof(pairs) / sizeof(Pair)>([&](auto index) {
-      constexpr int k = decltype(index)::value;
-      constexpr bool new_a = k == 0 || pairs[k].a != pairs[k ? k - 1 : 0].a;
-      constexpr bool new_b = k == 0 || pairs[k].b != pairs[k ? k - 1 : 0].b || W > 2;
+    for_each_int<count>([&](auto index) {
+      constexpr int k = decltype(index)::value, before = k ? k - 1 : 0;
+      constexpr int term_a = kPairs<Terms, OfB>[k].a, term_b = kPairs<Terms, OfB>[k].b;
+      constexpr bool new_a = k == 0 || term_a != kPairs<Terms, OfB>[before].a;
+      constexpr bool new_b = k == 0 || term_b != kPairs<Terms, OfB>[before].b || W > 2;
       for_each_int<M>([&](auto row) {
         constexpr int m = decltype(row)::value;
-        if constexpr (new_a) tile_load<kTileA + m>(a[m] + pairs[k].a * kTileSize);
+        if constexpr (new_a) tile_load<kTileA + m>(a[m] + term_a * kTileSize);
         for_each_int<W>([&](auto column) {
           constexpr int v = decltype(column)::value, B = kTileB + v % 2;
-          if constexpr (new_b && m == 0) tile_load<B>(b + (v * OfB + pairs[k].b) * kTileSize);
+          if constexpr (new_b && m == 0) tile_load<B>(b + (v * OfB + term_b) * kTileSize);
           tile_multiply<M * m + v, kTileA + m, B>();
         });
       });
