@@ -32,9 +32,9 @@ constexpr int64_t kForwardBlockRows = 128;
 constexpr int64_t kFarBlockRows = 512;
 // The same where the layer above waits for these steps.
 constexpr int64_t kWaveBlockRows = 16;
-// Floats go on tiles from a tile of rows on, forward from two where W_hh has more bytes as terms (6
-// each) than come along; and from so many units, backward in so many cells, where two threads gain
-// as well as one.
+// Floats go on tiles from a tile of rows on; forward, where W_hh as terms (of 6 bytes each) is so
+// large that reading it bounds the step, from two. With fewer units, or backward fewer cells, two
+// threads would lose.
 constexpr int64_t kTileBatch = 16;
 constexpr double kFarTerms = 16 << 20;
 constexpr int64_t kTileUnitsForward = 48;

@@ -46,7 +46,7 @@ SIZES = sorted(
         (1, 130, 40, 100),
         (40, 37, 12, 100),  # several blocks of time
         (2, 400, 70, 130),  # rows in parts
-        (2, 18, 1050, 270),  # sums in chains, and in passes
+        (5, 18, 1050, 270),  # the input product over time, in passes; sums in chains
     }
 )
 # More workers than the machine has cores, to reach the plans that split the work.

@@ -107,7 +107,7 @@ struct Kernels {
   int64_t tile_rows;    // rows of A are multiplied that many at a time, or as if they were
   // A weight gradient goes in passes of `strip_depth` rows of dz (in float32 their partial sums
   // round better than one long chain) and in strips of `strip_rows` gate rows: a transposed strip
-  // stays in L2 while all the panels of x and h go by.
+  // stays in L2 while all the panels of x and h go by. It takes `strip_size` elements of memory.
   int64_t strip_rows, strip_depth, strip_size;
   // Elements of memory that a thread needs for so many rows of A of all depths together.
   int64_t (*scratch_size)(int64_t rows, int64_t depth);
