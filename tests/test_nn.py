@@ -731,7 +731,7 @@ RAGGED = {
     "steps": [9, 2, 1, 1, 1],
     "blocks": [20] * 3 + [11] * 5 + [2] * 9,
     "ramp": list(range(40, 0, -1)),
-    "long": [700, 690, 3],
+    "long": [400, 390, 3],
 }
 projected = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
