@@ -206,7 +206,8 @@ def test_nan_and_inf_stay_in_their_row_and_go_where_the_formula_sends_them(isa, 
         assert_close(a[finite], e[finite], name=name)
         others = np.arange(N) != row
         a, before = a[..., others, :], clean[name][..., others, :]
-        if isa == "amx":  # without tiles where there is a NaN
+        if isa == "amx" and _core.plan(6, N, 5, H, 1, 4, False)["floats_on_tiles"]:
+            # Not on tiles where there is a NaN.
             assert_close(a, before.astype(np.float64), name=name)
         else:
             assert_same_bits(a, before, name)
