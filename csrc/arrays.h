@@ -93,6 +93,7 @@ constexpr uint8_t kFloat = 2, kBrain = 4;
 struct Torch {
   PyTypeObject* tensor = nullptr;
   PyTypeObject* parameter = nullptr;
+  PyObject* memory = nullptr;                  // memory_of_a_step() of _torch.py
   const dlpack::Exchange* exchange = nullptr;  // null: read the attributes of a tensor instead
 };
 inline Torch torch;

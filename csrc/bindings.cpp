@@ -342,6 +342,32 @@ void run_layers(Array x, Array h0, Array c0, Arrays weights, Array y, Array h_n,
   }
 }
 
+// A torch tensor like `like` but for its shape, of which sizes below zero are left out. What only a
+// step of training needs (`of_step`) has, if large, memory of an earlier one.
+py::object new_tensor(py::handle like, std::initializer_list<int64_t> shape, Array* array,
+                      bool of_step = false) {
+  static PyObject* const new_empty = PyUnicode_InternFromString("new_empty");
+  // Sizes one by one, which torch reads faster than a tuple.
+  py::object sizes[Array::kDims];
+  PyObject* given[1 + Array::kDims] = {like.ptr()};
+  size_t count = 1;
+  double bytes = sizeof(double);  // at most
+  for (const int64_t size : shape) {
+    if (size < 0) continue;
+    sizes[count - 1] = py::int_(size);
+    given[count] = sizes[count - 1].ptr();
+    bytes *= double(size);
+    ++count;
+  }
+  PyObject* const found = of_step && bytes >= double(Block::kLarge)
+                              ? PyObject_Vectorcall(torch.memory, given, count, nullptr)
+                              : PyObject_VectorcallMethod(new_empty, given, count, nullptr);
+  if (!found) throw py::error_already_set();
+  py::object tensor = py::reinterpret_steal<py::object>(found);
+  if (!view(tensor, array)) throw std::runtime_error("new_empty: no memory to write");
+  return tensor;
+}
+
 // Whether read() would. True spares the thorough checks in Python; false says nothing.
 bool fits(py::handle x, py::handle state, py::handle weights, int64_t D, int64_t H, int64_t P,
           int64_t layers, int64_t directions, bool batch_first, int dims, int64_t packed) {
@@ -362,37 +388,18 @@ py::object infer(py::handle x, py::handle state, py::handle weights, int64_t D, 
                                 : py::reinterpret_borrow<py::object>(state);
   Call call;
   if (!read(x, states, weights, made, packed, &call) || !is_torch(x)) return py::none();
-  // Sizes below zero are left out.
-  const auto new_tensor = [&](std::initializer_list<int64_t> shape, Array* array) {
-    static PyObject* const new_empty = PyUnicode_InternFromString("new_empty");
-    // Sizes one by one, which torch reads faster than a tuple.
-    py::object sizes[3];
-    PyObject* given[4] = {x.ptr()};
-    size_t count = 1;
-    for (const int64_t size : shape) {
-      if (size < 0) continue;
-      sizes[count - 1] = py::int_(size);
-      given[count] = sizes[count - 1].ptr();
-      ++count;
-    }
-    PyObject* const found = PyObject_VectorcallMethod(new_empty, given, count, nullptr);
-    if (!found) throw py::error_already_set();
-    py::object tensor = py::reinterpret_steal<py::object>(found);
-    if (!view(tensor, array)) throw std::runtime_error("new_empty: no memory to write");
-    return tensor;
-  };
   const int64_t output = made.output(), parts = made.parts();
   const int64_t batch = call.batched ? call.N : -1;
   Array input = call.x, y, h_n, c_n;
   py::object results[3];
   if (dims == 2) {
-    results[1] = new_tensor({batch, H}, &y);
-    results[2] = new_tensor({batch, H}, &c_n);
+    results[1] = new_tensor(x, {batch, H}, &y);
+    results[2] = new_tensor(x, {batch, H}, &c_n);
   } else {
     const int64_t rows = packed ? call.x.shape[0] : call.T;
-    results[0] = new_tensor({rows, packed ? -1 : batch, directions * output}, &y);
-    results[1] = new_tensor({parts, batch, output}, &h_n);
-    results[2] = new_tensor({parts, batch, H}, &c_n);
+    results[0] = new_tensor(x, {rows, packed ? -1 : batch, directions * output}, &y);
+    results[1] = new_tensor(x, {parts, batch, output}, &h_n);
+    results[2] = new_tensor(x, {parts, batch, H}, &c_n);
   }
   if (!call.batched) {
     input = input.with_one(dims - 2);
@@ -407,14 +414,78 @@ py::object infer(py::handle x, py::handle state, py::handle weights, int64_t D, 
   return py::make_tuple(results[0], last);
 }
 
-void use_torch(py::type tensor, py::type parameter, py::object exchange) {
+// One layer, or a step of a cell, whose x (N, D) has no time, on torch tensors that the kernels can
+// read: y, h_n, c_n and, with `keep`, gates, cells and h before a projection. See
+// _torch.run_forward. Of a cell y is h, and there is no h_n.
+py::tuple run_layer(py::handle x, const Array& h0, const Array& c0, Arrays weights, int directions,
+                    const std::vector<int64_t>& batch_sizes, bool keep, int threads) {
+  const auto input = x.cast<Array>();
+  const bool ragged = !batch_sizes.empty(), cell = input.dims == 2 && !ragged;
+  const int64_t H = weights[0].shape[0] / 4, P = weights[1].shape[1];
+  const int64_t N = ragged ? batch_sizes[0] : input.shape[input.dims - 2];
+  const int64_t T = cell ? -1 : input.shape[0], batch = ragged ? -1 : N;
+  const int64_t lead = cell ? -1 : directions;
+  Array y, h_n, c_n, gates, cells, raw;
+  py::tuple found(6);
+  for (size_t k = 0; k < found.size(); ++k) found[k] = py::none();
+  found[0] = new_tensor(x, {T, batch, directions * P}, &y);
+  if (!cell) found[1] = new_tensor(x, {lead, N, P}, &h_n);
+  found[2] = new_tensor(x, {lead, N, H}, &c_n);
+  if (keep) {
+    found[3] = new_tensor(x, {lead, T, batch, 4 * H}, &gates, true);
+    found[4] = new_tensor(x, {lead, T, batch, H}, &cells, true);
+    if (weights.size() / size_t(directions) % 2)
+      found[5] = new_tensor(x, {lead, T, batch, H}, &raw, true);
+  }
+  run_forward(input, h0, c0, std::move(weights), y, h_n, c_n, gates, cells, raw, batch_sizes, false,
+              threads);
+  return found;
+}
+
+// The gradients of x, h0, c0 and the weights that are `needed`, None for the others, from what
+// run_layer was given and returned. `dx` is memory for that of x, or None for new memory.
+py::tuple run_layer_backward(py::handle x, py::handle h0, py::handle c0, const py::list& weights,
+                             Array y, Array gates, Array cells, Array raw, Array grad_y,
+                             Array grad_h, Array grad_c, py::handle dx,
+                             const std::vector<bool>& needed,
+                             const std::vector<int64_t>& batch_sizes, int threads) {
+  const size_t count = 3 + weights.size();
+  if (needed.size() != count)
+    throw std::invalid_argument("needed: expected " + std::to_string(count) + " values, got " +
+                                std::to_string(needed.size()));
+  py::tuple found(count);
+  Arrays inputs(count), grads(count);
+  for (size_t k = 0; k < count; ++k) {
+    const py::handle input = k == 0   ? x
+                             : k == 1 ? h0
+                             : k == 2 ? c0
+                                      : py::handle(PyList_GET_ITEM(weights.ptr(), ssize_t(k - 3)));
+    inputs[k] = input.cast<Array>();
+    found[k] = py::none();
+    if (!needed[k] || input.is_none()) continue;
+    const auto size = [&](int d) { return d < inputs[k].dims ? inputs[k].shape[d] : -1; };
+    if (k == 0 && !dx.is_none()) {
+      grads[k] = dx.cast<Array>();
+      found[k] = dx;
+    } else {
+      found[k] = new_tensor(input, {size(0), size(1), size(2), size(3)}, &grads[k], k >= 3);
+    }
+  }
+  run_backward(inputs[0], inputs[1], inputs[2], {inputs.begin() + 3, inputs.end()}, y, gates, cells,
+               raw, grad_y, grad_h, grad_c, grads[0], {grads.begin() + 3, grads.end()}, grads[1],
+               grads[2], batch_sizes, false, threads);
+  return found;
+}
+
+void use_torch(py::type tensor, py::type parameter, py::function memory, py::object exchange) {
   const auto* table = exchange.is_none()
                           ? nullptr
                           : static_cast<const dlpack::Exchange*>(
                                 PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
   PyErr_Clear();
   const bool usable = table && table->version.major == 1 && table->view;
-  torch = {(PyTypeObject*)tensor.ptr(), (PyTypeObject*)parameter.ptr(), usable ? table : nullptr};
+  torch = {(PyTypeObject*)tensor.ptr(), (PyTypeObject*)parameter.ptr(), memory.release().ptr(),
+           usable ? table : nullptr};
 }
 
 Machine machine(int itemsize) {
@@ -488,6 +559,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("backward", &run_backward);
   m.def("fits", &fits);
   m.def("infer", &infer);
+  m.def("run_layer", &run_layer);
+  m.def("run_layer_backward", &run_layer_backward);
   m.def("use_torch", &use_torch);
   py::class_<Block>(m, "_Block", py::buffer_protocol()).def_buffer([](const Block& block) {
     return py::buffer_info(static_cast<uint8_t*>(block.data()), block.size());

@@ -564,8 +564,10 @@ def test_operators_check_what_they_get(options):
         {"kept": []},
         {"kept": [kept[0][..., 1:], *kept[1:]]},
         {"x": x[..., 1:]},
+        {"needed": good["needed"][1:]},
+        {"needed": [*good["needed"], True]},
     ):
-        with pytest.raises(RuntimeError, match="expected"):
+        with pytest.raises((RuntimeError, ValueError), match="expected"):
             torch.ops.fastlstm.layer_backward(**good | changed)
 
 

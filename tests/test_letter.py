@@ -783,18 +783,19 @@ def test_batch_first_is_for_input_and_output_alone(options, layers):
 def test_batch_first_copies_no_input(monkeypatch, batch_first, grad):
     """The kernels read x where it is and write y where it stays, whatever the order of its axes."""
     seen = []
-    forward, infer = fastlstm._torch._core.forward, fastlstm._torch._core.infer
+    run_layer, infer = fastlstm._torch._core.run_layer, fastlstm._torch._core.infer
 
-    def spy_on_forward(x, h0, c0, weights, y, *rest):
-        seen.append((x.data_ptr(), x.stride(), y.data_ptr()))
-        return forward(x, h0, c0, weights, y, *rest)
+    def spy_on_layer(x, *rest):
+        results = run_layer(x, *rest)
+        seen.append((x.data_ptr(), x.stride(), results[0].data_ptr()))
+        return results
 
     def spy_on_infer(x, *rest):
         result = infer(x, *rest)
         seen.append((x.data_ptr(), x.stride(), result[0].data_ptr()))
         return result
 
-    monkeypatch.setattr(fastlstm._torch._core, "forward", spy_on_forward)
+    monkeypatch.setattr(fastlstm._torch._core, "run_layer", spy_on_layer)
     monkeypatch.setattr(fastlstm._torch._core, "infer", spy_on_infer)
     ours, _ = pair(D, H, batch_first=batch_first)
     x = leaf(N, T, D, grad=grad)

@@ -818,7 +818,7 @@ def test_layers_at_once(options, kind, with_state, dtype, restore_threads, monke
     state = tuple(leaf(slots, *one, n, dtype=dtype, seed=n) for n in sizes) if with_state else None
     expected = flatten(module(x, state))
     calls = []
-    for name in ("infer", "forward"):
+    for name in ("infer", "run_layer"):
         call = getattr(fastlstm._core, name)
         spy = lambda *args, name=name, call=call: calls.append(name) or call(*args)  # noqa: E731
         monkeypatch.setattr(fastlstm.nn._core, name, spy)
@@ -832,7 +832,7 @@ def test_layers_at_once(options, kind, with_state, dtype, restore_threads, monke
     module.train()
     with torch.no_grad():
         module(x, state)
-    assert calls[4:] == (["forward"] * 2 if module.dropout else ["infer"])  # it comes between
+    assert calls[4:] == (["run_layer"] * 2 if module.dropout else ["infer"])  # it comes between
 
 
 @pytest.mark.parametrize("sizes", [[], [2, 3], [3, 0], [3, 1], [5, 1, -1], [6, 6]], ids=str)
@@ -1031,8 +1031,8 @@ def test_torch_without_its_exchange_table():
     """Before 2.10 torch had none; its tensors are then read attribute by attribute."""
     code = """
 import torch, fastlstm.nn
-from fastlstm import _core
-_core.use_torch(torch.Tensor, torch.nn.Parameter, None)
+from fastlstm import _core, _torch
+_core.use_torch(torch.Tensor, torch.nn.Parameter, _torch.memory_of_a_step, None)
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     theirs = torch.nn.LSTM(5, 7, num_layers=2, bidirectional=True, dtype=dtype)
     ours = fastlstm.nn.LSTM(5, 7, num_layers=2, bidirectional=True, dtype=dtype)

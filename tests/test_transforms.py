@@ -291,7 +291,7 @@ def test_batched_gradients(config, how):
     case = Case(**config)
     exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if how == "attributes":
-        _core.use_torch(torch.Tensor, nn.Parameter, None)
+        _core.use_torch(torch.Tensor, nn.Parameter, _torch.memory_of_a_step, None)
     try:
 
         def run(module):
@@ -309,7 +309,7 @@ def test_batched_gradients(config, how):
 
         case.both(run)
     finally:
-        _core.use_torch(torch.Tensor, nn.Parameter, exchange)
+        _core.use_torch(torch.Tensor, nn.Parameter, _torch.memory_of_a_step, exchange)
 
 
 @every_case

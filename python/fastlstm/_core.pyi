@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -65,11 +65,42 @@ def infer(
     threads: int,
     /,
 ) -> Any: ...
+def run_layer(
+    x: _Array,
+    h0: _Array,
+    c0: _Array,
+    weights: list[_Array],
+    directions: int,
+    batch_sizes: Sequence[int],
+    keep: bool,
+    threads: int,
+    /,
+) -> tuple[Any, ...]: ...
+def run_layer_backward(
+    x: _Array,
+    h0: _Array,
+    c0: _Array,
+    weights: list[_Array],
+    y: _Array,
+    gates: _Array,
+    cells: _Array,
+    raw: _Array,
+    grad_y: _Array,
+    grad_h: _Array,
+    grad_c: _Array,
+    dx: _Array,
+    needed: Sequence[bool],
+    batch_sizes: Sequence[int],
+    threads: int,
+    /,
+) -> tuple[Any, ...]: ...
 def block(size: int, /) -> memoryview: ...
 
 LARGE: int
 
-def use_torch(tensor: type, parameter: type, exchange: object, /) -> None: ...
+def use_torch(
+    tensor: type, parameter: type, memory: Callable[..., Any], exchange: object, /
+) -> None: ...
 def default_threads() -> int: ...
 def compiled_isas() -> list[str]: ...
 def supported_isas() -> list[str]: ...

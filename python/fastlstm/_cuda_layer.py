@@ -461,11 +461,11 @@ def _steps_forward(rows: _Rows, math: str, d: int, inputs: Tensors, outputs: Ten
 
 def run_backward(
     layer: tuple[int, Sequence[int]],
-    inputs: list[Any],
+    inputs: Sequence[Any],
     y: Tensor,
     kept: _torch.Kept,
-    grads: tuple[Tensor | None, ...],
-    needed: tuple[bool, ...],
+    grads: _torch.Grads,
+    needed: Sequence[bool],
 ) -> _torch.Grads:
     """Run one layer backward: arguments and results of `_torch.run_backward`."""
     x, h0, c0, *weights = inputs

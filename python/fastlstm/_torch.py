@@ -6,18 +6,15 @@ Every tensor that comes here is one of `_core.fits`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import _SingleLevelFunction
 from torch.nn import Parameter
 
 from . import _composite, _core
-
-# torch gives its memory away through DLPack's C table (since 2.10) or attribute by attribute.
-_core.use_torch(Tensor, Parameter, getattr(Tensor, "__dlpack_c_exchange_api__", None))
 
 Grads = tuple[Tensor | None, ...]
 Kept = tuple[Tensor | None, Tensor | None, Tensor | None]  # gates, cells, h before projection
@@ -35,17 +32,6 @@ def gradient(grad: Tensor | None) -> Tensor | None:
     if type(grad) is not Tensor:
         grad = grad.as_subclass(Tensor)
     return grad.resolve_neg()
-
-
-def as_float16(gates: Tensor | None) -> Tensor | None:
-    """Return gates kept in half precision as the kernels take them: float16, in memory of either.
-
-    They lie between -1 and 1, where float16 is eight times finer than bfloat16: that makes 1 of a
-    forget gate of 0.998, an error that grows with every step back.
-    """
-    if gates is None or gates.dtype != torch.bfloat16:
-        return gates
-    return gates.view(torch.float16)
 
 
 def run_forward(
@@ -68,18 +54,15 @@ def run_forward(
         from . import _cuda_layer
 
         return _cuda_layer.run_forward(x, h0, c0, weights, directions, batch_sizes, keep)
-    y, h_n, c_n, kept = new_results(x, weights, directions, batch_sizes, keep)
-    gates, cells, raw = kept
-    given = as_float16(gates), cells, raw
-    last = batch_sizes, False, torch.get_num_threads()
-    _core.forward(x, h0, c0, weights, y, h_n, c_n, *given, *last)
-    return y, h_n, c_n, kept
+    threads = torch.get_num_threads()
+    y, h_n, c_n, *kept = _core.run_layer(x, h0, c0, weights, directions, batch_sizes, keep, threads)
+    return y, h_n, c_n, tuple(kept)
 
 
 def new_results(
     x: Tensor, weights: list[Tensor], directions: int, batch_sizes: Sequence[int], keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Kept]:
-    """Return memory for what :func:`run_forward` returns."""
+    """Return memory for what :func:`run_forward` returns, for a tracer or on CUDA."""
     *time, _ = x.shape
     N = batch_sizes[0] if batch_sizes else time[1]
     four_h, P = weights[1].shape
@@ -88,35 +71,28 @@ def new_results(
     y = x.new_empty(*time, directions * P)
     h_n = x.new_empty(directions, N, P)
     c_n = x.new_empty(directions, N, H)
-    large = type(x) is Tensor and x.is_cpu and 16 * y.numel() >= _core.LARGE
-
-    def new(*shape: int) -> Tensor:
-        return memory_of_a_step(x.dtype, *shape) if large else x.new_empty(shape)
-
-    gates = new(directions, *time, 4 * H) if keep else None
-    cells = new(directions, *time, H) if keep else None
-    raw = new(directions, *time, H) if keep and projects else None
+    gates = x.new_empty(directions, *time, 4 * H) if keep else None
+    cells = x.new_empty(directions, *time, H) if keep else None
+    raw = x.new_empty(directions, *time, H) if keep and projects else None
     return y, h_n, c_n, (gates, cells, raw)
 
 
-def memory_of_a_step(dtype: torch.dtype, *shape: int) -> Tensor:
+def memory_of_a_step(like: Tensor, *shape: int) -> Tensor:
     """Return memory on the CPU that one step of training needs: if large, that of an earlier step.
 
     For what nobody has a reason to resize, which large memory does not allow.
     """
-    size = prod(shape) * dtype.itemsize
+    size = prod(shape) * like.itemsize
     if size < _core.LARGE:
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    storage = torch.frombuffer(_core.block(size), dtype=dtype).untyped_storage()
-    new = torch.empty(0, dtype=dtype, device="cpu")
+        return like.new_empty(shape)
+    storage = torch.frombuffer(_core.block(size), dtype=like.dtype).untyped_storage()
+    new = torch.empty(0, dtype=like.dtype, device="cpu")
     return new.set_(storage).resize_(shape)  # not a view of a tensor
 
 
-def memory_like(weight: Tensor) -> Tensor:
-    """Return memory for the gradient of a weight."""
-    if weight.nbytes < _core.LARGE:
-        return torch.empty_like(weight)
-    return memory_of_a_step(weight.dtype, *weight.shape)
+# torch gives its memory away through DLPack's C table (since 2.10) or attribute by attribute.
+_EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+_core.use_torch(Tensor, Parameter, memory_of_a_step, _EXCHANGE)
 
 
 def observed() -> bool:
@@ -128,12 +104,19 @@ def observed() -> bool:
     )
 
 
-def on_kernels(run: Callable[[], Grads], grads: tuple[Tensor | None, ...]) -> Grads | None:
-    """Return gradients that the kernels compute, or None where they cannot."""
+def on_kernels(
+    layer: tuple[int, Sequence[int]] | None,
+    inputs: Sequence[Any],
+    y: Tensor | None,
+    kept: Kept,
+    grads: Grads,
+    needed: Sequence[bool],
+) -> Grads | None:
+    """Return what :func:`run_backward` does, or None where the kernels cannot."""
     if observed():
         return None
     try:
-        return run()
+        return run_backward(layer, inputs, y, kept, grads, needed)
     except (TypeError, RuntimeError):
         if batched(grads):
             return None
@@ -146,7 +129,16 @@ def batched(grads: Sequence[Tensor | None]) -> bool:
     return any(legacy(grad) for grad in grads if grad is not None)
 
 
-class Layer(torch.autograd.Function):
+class _Node(_SingleLevelFunction):
+    """A torch.autograd.Function without its own `apply`, which looks for transforms of torch.func.
+
+    Those never come here.
+    """
+
+    apply: ClassVar[Callable[..., Any]]  # of the C++ class below
+
+
+class Layer(_Node):
     """One layer, in one or both directions, as a node of the autograd graph."""
 
     @staticmethod
@@ -171,18 +163,19 @@ class Layer(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Grads:
         y, gates, cells, raw, *inputs = ctx.saved_tensors
         needed = ctx.needs_input_grad[2:]
-        kernels = partial(run_backward, ctx.layer, inputs, y, (gates, cells, raw), grads, needed)
-        found = on_kernels(kernels, grads) or _composite.backward(ctx.layer, inputs, grads, needed)
+        found = on_kernels(ctx.layer, inputs, y, (gates, cells, raw), grads, needed)
+        if found is None:
+            found = _composite.backward(ctx.layer, inputs, grads, needed)
         return None, None, *found
 
 
 def run_backward(
     layer: tuple[int, Sequence[int]] | None,
-    inputs: list[Any],
+    inputs: Sequence[Any],
     y: Tensor | None,
     kept: Kept,
-    grads: tuple[Tensor | None, ...],
-    needed: tuple[bool, ...],
+    grads: Grads,
+    needed: Sequence[bool],
 ) -> Grads:
     """Return the gradients of x, h0, c0 and the weights, None for those not needed.
 
@@ -196,47 +189,30 @@ def run_backward(
 
         assert y is not None
         return _cuda_layer.run_backward(layer, inputs, y, kept, grads, needed)
-    gates, cells, raw = kept
     directions, batch_sizes = layer or (1, ())
     grad_y, grad_h, grad_c = map(gradient, grads)
-    needs_x, needs_h0, needs_c0, *needs_weights = needed
-    dx = dh0 = dc0 = None
-    if needs_x:
-        dx = (
-            torch.empty_like(x, memory_format=torch.contiguous_format)
-            if directions == 1
-            else x.new_empty(2, *x.shape, dtype=None if x.dtype == torch.float64 else torch.float32)
-        )
-    if needs_h0:
-        dh0 = torch.empty_like(h0)
-    if needs_c0:
-        dc0 = torch.empty_like(c0)
-    dweights = [
-        memory_like(w) if need else None for w, need in zip(weights, needs_weights, strict=True)
-    ]
-    _core.backward(
+    both = None
+    if directions == 2 and needed[0]:
+        dtype = None if x.dtype == torch.float64 else torch.float32
+        both = x.new_empty(2, *x.shape, dtype=dtype)
+    dx, *others = _core.run_layer_backward(
         x,
         h0,
         c0,
         weights,
         y,
-        as_float16(gates),
-        cells,
-        raw,
+        *kept,
         None if grad_y is None else rows(grad_y),
         None if grad_h is None else grad_h.contiguous(),
         None if grad_c is None else grad_c.contiguous(),
-        dx,
-        dweights,
-        dh0,
-        dc0,
+        both,
+        needed,
         batch_sizes,
-        False,
         torch.get_num_threads(),
     )
-    if directions == 2 and dx is not None:
-        dx = dx[0].add_(dx[1]).to(x.dtype)
-    return (dx, dh0, dc0, *dweights)
+    if both is not None:
+        dx = both[0].add_(both[1]).to(x.dtype)
+    return (dx, *others)
 
 
 def wants_grad(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]) -> bool:
@@ -255,12 +231,13 @@ def run_layer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a layer, with a node of the autograd graph where one is wanted: y, h_n, c_n."""
     if wants_grad(x, h0, c0, weights):
-        result: Any = Layer.apply(directions, batch_sizes, x, h0, c0, *weights)  # type: ignore[no-untyped-call]
-        return result  # type: ignore[no-any-return]
+        result: tuple[Tensor, Tensor, Tensor]
+        result = Layer.apply(directions, batch_sizes, x, h0, c0, *weights)
+        return result
     return run_forward(x, h0, c0, weights, directions, batch_sizes, keep=False)[:3]
 
 
-class Step(torch.autograd.Function):
+class Step(_Node):
     """One step of a cell as a node of the autograd graph: x (N, D), h0 and c0 (N, H) or None."""
 
     @staticmethod
@@ -277,20 +254,15 @@ class Step(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Grads:
         gates, cells, *inputs = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        kept, all_grads = (gates, cells, None), (None, *grads)
-        kernels = partial(run_backward, None, inputs, None, kept, all_grads, needed)
-        return on_kernels(kernels, grads) or _composite.step_backward(inputs, grads, needed)
+        kept = gates, cells, None
+        found = on_kernels(None, inputs, None, kept, (None, *grads), needed)
+        return _composite.step_backward(inputs, grads, needed) if found is None else found
 
 
 def run_step(
     x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], keep: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Run one step of a cell on x (N, D): h and c (N, H) and, with `keep`, gates and cells."""
-    N, H = x.shape[0], weights[1].shape[1]
-    h, c = x.new_empty(N, H), x.new_empty(N, H)
-    gates = x.new_empty(N, 4 * H) if keep else None
-    cells = torch.empty_like(c) if keep else None
-    given = as_float16(gates), cells, None
-    last = (), False, torch.get_num_threads()
-    _core.forward(x, h0, c0, weights, h, None, c, *given, *last)
+    threads = torch.get_num_threads()
+    h, _, c, gates, cells, _ = _core.run_layer(x, h0, c0, weights, 1, (), keep, threads)
     return h, c, gates, cells

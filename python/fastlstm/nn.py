@@ -369,7 +369,7 @@ class LSTMCell(torch.nn.LSTMCell):
         if not readable:
             h, c = _transforms.run_step(input, h0, c0, weights)
         elif wants_grad(input, h0, c0, weights):
-            h, c = Step.apply(input, h0, c0, *weights)  # type: ignore[no-untyped-call]
+            h, c = Step.apply(input, h0, c0, *weights)
         else:
             h, c, *_ = run_step(input, h0, c0, weights, keep=False)
         if not batched:
