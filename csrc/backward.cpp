@@ -13,6 +13,7 @@ namespace {
 // read where it is, if it is of T.
 template <class T>
 struct Right {
+  const Kernels<T>& kernel;
   const Matrix<T> matrix;
   const int64_t depth, columns;
   const PanelShape shape;
@@ -22,7 +23,8 @@ struct Right {
 
   Right(Matrix<T> w, int64_t depth, int64_t columns, const Kernels<T>& kernel, bool direct,
         Workspace* workspace)
-      : matrix(w),
+      : kernel(kernel),
+        matrix(w),
         depth(depth),
         columns(columns),
         shape(columns, kernel),
@@ -34,7 +36,7 @@ struct Right {
     panels =
         in_place ? shape.in_place(matrix.full(), columns, memory) : shape.packed(memory, depth);
   }
-  void pack(const Kernels<T>& kernel, int threads, int id) const {
+  void pack(int threads, int id) const {
     const auto [p0, p1] = share(shape.count, threads, id);
     kernel.pack_matrix(matrix, depth, columns, in_place ? std::max(p0, shape.full) : p0, p1,
                        panels);
@@ -48,24 +50,26 @@ constexpr int64_t kOuterRows = 12;
 template <class T>
 class BackwardPass {
  public:
-  BackwardPass(const Backward<T>& in, const Plan& plan, const Kernels<T>& kernel,
-               Workspace* workspace)
+  BackwardPass(const Backward<T>& in, const Plan& plan, Workspace* workspace,
+               const Kernels<T>& step_kernels, const Kernels<T>& product_kernels)
       : in_(in),
         plan_(plan),
-        kernel_(kernel),
+        steps_(step_kernels),
+        products_(product_kernels),
         state_(in.h0, in.c0, in.sizes, workspace),
-        w_hh_(in.layer.w_hh, 4 * in.sizes.hidden, needs_w_hh(in) ? in.sizes.output : 0, kernel,
+        w_hh_(in.layer.w_hh, 4 * in.sizes.hidden, needs_w_hh(in) ? in.sizes.output : 0,
+              step_kernels, plan.direct, workspace),
+        w_hr_(in.layer.w_hr, in.sizes.output, in.layer.w_hr ? in.sizes.hidden : 0, step_kernels,
               plan.direct, workspace),
-        w_hr_(in.layer.w_hr, in.sizes.output, in.layer.w_hr ? in.sizes.hidden : 0, kernel,
-              plan.direct, workspace),
-        w_ih_(in.layer.w_ih, 4 * in.sizes.hidden, in.dx.data ? in.sizes.input : 0, kernel,
-              plan.direct, workspace),
-        x_shape_(in.dw_ih ? in.sizes.input : 0, kernel),
-        h_shape_(in.dw_hh ? in.sizes.output : 0, kernel),
-        raw_shape_(in.dw_hr ? in.sizes.hidden : 0, kernel),
-        step_shape_(in.sizes.hidden, kernel),
+        // dx of a ragged batch comes step by step.
+        w_ih_(in.layer.w_ih, 4 * in.sizes.hidden, in.dx.data ? in.sizes.input : 0,
+              in.ragged.rows ? step_kernels : product_kernels, plan.direct, workspace),
+        x_shape_(in.dw_ih ? in.sizes.input : 0, product_kernels),
+        h_shape_(in.dw_hh ? in.sizes.output : 0, product_kernels),
+        raw_shape_(in.dw_hr ? in.sizes.hidden : 0, product_kernels),
+        step_shape_(in.sizes.hidden, step_kernels),
         weights_(in.dw_ih || in.dw_hh || in.dw_hr || in.db),
-        strip_size_(kernel.strip_size),
+        strip_size_(product_kernels.strip_size),
         row_group_(size_t(plan.row_groups)) {
     const auto [steps, batch, input, hidden, output] = in.sizes;
     x_place_ = workspace->reserve<T>(x_shape_.packed_size(plan.block * batch));
@@ -77,7 +81,8 @@ class BackwardPass {
     dz_place_ = workspace->reserve<T>((plan.block + (plan.block < steps)) * batch * 4 * hidden);
     strips_place_ = workspace->reserve<T>(weights_ ? plan.threads() * strip_size_ : 0);
     // For dz, or dh, of as many rows as a product takes.
-    scratch_size_ = kernel.scratch_size(plan.block * batch, 4 * hidden);
+    scratch_size_ = std::max(step_kernels.scratch_size(plan.block * batch, 4 * hidden),
+                             product_kernels.scratch_size(plan.block * batch, 4 * hidden));
     scratch_place_ = workspace->reserve<T>(plan.threads() * scratch_size_);
   }
 
@@ -100,7 +105,6 @@ class BackwardPass {
     const auto [steps, batch, input, hidden, output] = in_.sizes;
     const Backward<T>& in = in_;
     const Plan& plan = plan_;
-    const Kernels<T>& kernel = kernel_;
     const int64_t gates = 4 * hidden;
     const int threads = plan.threads();
 
@@ -124,7 +128,7 @@ class BackwardPass {
     const auto [p0, p1] = share(step_shape_.count, plan.panel_groups, member);
     const auto [m0, m1] = share(gates, threads, id);  // rows of the weight gradients
     T* const strip = strips_ + id * strip_size_;
-    const int64_t strip_rows = kernel.strip_rows, strip_depth = kernel.strip_depth;
+    const int64_t strip_rows = products_.strip_rows, strip_depth = products_.strip_depth;
     T* const scratch = scratch_ + id * scratch_size_;
     const int64_t j0 = std::min(p0 * step_shape_.width, hidden);
     const int64_t j1 = std::min(p1 * step_shape_.width, hidden);
@@ -133,7 +137,7 @@ class BackwardPass {
       T* to = dc.at(0, n);
       for (int64_t j = j0; j < j1; ++j) to[j] = in.grad_c ? in.grad_c[n * hidden + j] : 0;
     }
-    for (const Right<T>* w : {&w_hh_, &w_ih_, &w_hr_}) w->pack(kernel, threads, id);
+    for (const Right<T>* w : {&w_hh_, &w_ih_, &w_hr_}) w->pack(threads, id);
     all_.wait(threads);
 
     // dw rows m.. += strip times rows k.. of packed x or h.
@@ -153,11 +157,11 @@ class BackwardPass {
       product.given = false;
       product.strip = true;
       product.scratch = scratch;
-      kernel.product(product, 0, count, 0, shape.count);
+      products_.product(product, 0, count, 0, shape.count);
     };
     // C = dz W for `count` rows of both, the panels cut among the row group.
     const auto through = [&](const Right<T>& right, Rows<const T> from, Rows<T> to, int64_t count) {
-      product_of_group(kernel, plan, member, from, gates, right.shape, right.panels, to,
+      product_of_group(right.kernel, plan, member, from, gates, right.shape, right.panels, to,
                        right.columns, count, scratch);
     };
     // dz of the rows n, n + 1, ... of the batch, `row` rows into the block.
@@ -208,7 +212,7 @@ class BackwardPass {
             step.grad_h = h_part;
             step.next = later_dz;
           }
-          kernel.step_backward(step, from, past, p0, p1);
+          steps_.step_backward(step, from, past, p0, p1);
         }
         row_group_[size_t(group)].wait(plan.panel_groups);
         const int64_t from = std::max(n0, before), past = std::min(n1, active.at(s));
@@ -232,7 +236,8 @@ class BackwardPass {
         for_blocks(
             active, s0, s1,
             [&, from = from, past = past, input = input](int64_t s, int64_t k, int64_t count) {
-              kernel.pack_rows(x.block(s, 0, active.at(s)), k, count, input, from, past, x_panels);
+              products_.pack_rows(x.block(s, 0, active.at(s)), k, count, input, from, past,
+                                  x_panels);
             });
       }
       if (in.dw_hh) {
@@ -244,8 +249,8 @@ class BackwardPass {
         for_blocks(
             active, s0, s1,
             [&, from = from, past = past, hidden = hidden](int64_t s, int64_t k, int64_t count) {
-              kernel.pack_rows(raw.block(s, 0, active.at(s)), k, count, hidden, from, past,
-                               raw_panels);
+              products_.pack_rows(raw.block(s, 0, active.at(s)), k, count, hidden, from, past,
+                                  raw_panels);
             });
       }
       all_.wait(threads);  // dz of the whole batch is there
@@ -255,8 +260,8 @@ class BackwardPass {
           const int64_t depth = std::min(strip_depth, rows - k);
           for (int64_t m = m0; m < m1; m += strip_rows) {
             const int64_t count = std::min(strip_rows, m1 - m);
-            kernel.transpose({a + k * width, width, width, 1}, depth, m, m + count, strip,
-                             strip_depth);
+            products_.transpose({a + k * width, width, width, 1}, depth, m, m + count, strip,
+                                strip_depth);
             f(m, count, k, depth, last && k == 0);
           }
         }
@@ -267,7 +272,8 @@ class BackwardPass {
                                                       int64_t depth, bool first) {
                     accumulate(in.dw_ih, input, x_shape_, x_panels, m, count, k, depth, first);
                     accumulate(in.dw_hh, output, h_shape_, h_panels, m, count, k, depth, first);
-                    if (in.db) kernel.sum_rows(strip, strip_depth, count, depth, in.db + m, !first);
+                    if (in.db)
+                      products_.sum_rows(strip, strip_depth, count, depth, in.db + m, !first);
                   });
       if (in.dw_hr) {
         const auto [from, past] = share(output, threads, id);
@@ -308,7 +314,7 @@ class BackwardPass {
     const Rows<const T> dz{dz_, 0, 4 * hidden, batch}, dh{dh_, 0, output, batch};
     const auto add = [&, batch = batch](Rows<const T> left, Rows<const T> right, int64_t columns,
                                         int64_t from, int64_t past, T* to) {
-      if (to) kernel_.outer(left, right, batch, columns, from, past, to);
+      if (to) products_.outer(left, right, batch, columns, from, past, to);
     };
     add(dz, x, input, m0, m1, in_.dw_ih);
     add(dz, state_.h0(), output, m0, m1, in_.dw_hh);
@@ -332,7 +338,7 @@ class BackwardPass {
         dh.at(0, n)[j] =
             (grad_y.data ? grad_y.at(0, n)[j] : T(0)) + (grad_h.data ? grad_h.at(0, n)[j] : T(0));
     if (!dz.data) return;
-    product_of_group(kernel_, plan_, member, dz.block(0, n0, n1 - n0), 4 * in_.sizes.hidden, shape,
+    product_of_group(steps_, plan_, member, dz.block(0, n0, n1 - n0), 4 * in_.sizes.hidden, shape,
                      w_hh_.panels, dh.block(0, n0, n1 - n0), in_.sizes.output, n1 - n0, scratch,
                      true);
   }
@@ -342,7 +348,7 @@ class BackwardPass {
               int64_t past, const Panels<T>& panels) const {
     const int64_t output = in_.sizes.output, batch = in_.sizes.batch;
     const auto pack = [&](Rows<const T> h, int64_t row, int64_t count) {
-      if (count > 0) kernel_.pack_rows(h, row, count, output, from, past, panels);
+      if (count > 0) products_.pack_rows(h, row, count, output, from, past, panels);
     };
     if (!active.ragged()) {
       const int64_t initial = s0 == 0 ? batch : 0;
@@ -362,7 +368,7 @@ class BackwardPass {
 
   const Backward<T> in_;
   const Plan plan_;
-  const Kernels<T>& kernel_;
+  const Kernels<T>&steps_, &products_;
   InitialState<T> state_;
   Right<T> w_hh_, w_hr_, w_ih_;
   const PanelShape x_shape_, h_shape_, raw_shape_, step_shape_;
@@ -399,15 +405,16 @@ void backward(const Backward<T>* directions, int count, int threads) {
     }
     return;
   }
-  run_with_kernels<T>(
-      directions, count, use_backward(directions->sizes, directions->in_bf16),
-      [&](const Kernels<T>& kernel) {
-        const Machine machine = machine_of(kernel);
-        run_directions<BackwardPass<T>>(directions, count, threads, kernel, [&](int most) {
-          return plan_backward(directions->sizes, machine, most);
-        });
-      },
-      spoiled<T>);
+  const Sizes& sizes = directions->sizes;
+  const bool in_bf16 = directions->in_bf16;
+  const auto run = [&](const Kernels<T>& steps, const Kernels<T>& products) {
+    const auto plan = [&](int most) {
+      return plan_backward(sizes, machine_of(steps), machine_of(products), most);
+    };
+    run_directions<BackwardPass<T>>(directions, count, threads, plan, steps, products);
+  };
+  run_with_kernels<T>(directions, count, run, spoiled<T>, use_backward(sizes, in_bf16),
+                      use_products_backward(sizes, in_bf16));
 }
 
 template void backward(const Backward<float>*, int, int);

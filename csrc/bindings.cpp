@@ -497,7 +497,9 @@ Machine machine(int itemsize) {
 py::dict show_plan(int64_t T, int64_t N, int64_t D, int64_t H, int threads, int itemsize,
                    bool backward, int layers) {
   const Sizes sizes{T, N, D, H, H};
-  const Plan plan = (backward ? plan_backward : plan_forward)(sizes, machine(itemsize), threads);
+  const Machine m = machine(itemsize);
+  const Plan plan =
+      backward ? plan_backward(sizes, m, m, threads) : plan_forward(sizes, m, threads);
   py::dict shown;
   shown["row_groups"] = plan.row_groups;
   shown["panel_groups"] = plan.panel_groups;
@@ -505,6 +507,8 @@ py::dict show_plan(int64_t T, int64_t N, int64_t D, int64_t H, int threads, int 
   shown["direct"] = plan.direct;
   shown["floats_on_tiles"] =
       (backward ? use_backward : use_forward)(sizes, false) == Use::floats_on_tiles;
+  shown["products_on_tiles"] =
+      backward && use_products_backward(sizes, false) == Use::floats_on_tiles;
   shown["input_in_step"] = plan.input_in_step;
   shown["block"] = plan.block;
   shown["layers_at_once"] = layers_at_once({T, N, H, H, H}, D, machine(itemsize), layers, threads);
@@ -575,6 +579,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("supported_isas", &supported_isas);
   m.def("active_isa", &active_isa);
   m.def("use_isa", &use_isa, py::arg("name"));
+  m.def("passes_run_again", [] { return passes_run_again.load(); });
   m.def("plan", &show_plan, py::arg("T"), py::arg("N"), py::arg("D"), py::arg("H"),
         py::arg("threads"), py::arg("itemsize"), py::arg("backward"), py::arg("layers") = 1);
   m.def("map", &map<float>, py::arg("function"), py::arg("x").noconvert());

@@ -21,7 +21,7 @@ struct Linked : Forward<T> {
 template <class T>
 class ForwardPass {
  public:
-  ForwardPass(const Linked<T>& in, const Plan& plan, const Kernels<T>& kernel, Workspace* workspace)
+  ForwardPass(const Linked<T>& in, const Plan& plan, Workspace* workspace, const Kernels<T>& kernel)
       : in_(in),
         plan_(plan),
         kernel_(kernel),
@@ -228,7 +228,7 @@ bool run_in_wave(Linked<T>* layers, int count, const Kernels<T>& kernel, PlanOf&
     layers[k].below = k ? &progress.back() : nullptr;
     layers[k].done = &progress.emplace_back(plan_of(k).row_groups);
   }
-  const bool ran = run_together<ForwardPass<T>>(layers, count, kernel, plan_of);
+  const bool ran = run_together<ForwardPass<T>>(layers, count, plan_of, kernel);
   for (int k = 0; k < count; ++k) layers[k].below = layers[k].done = nullptr;
   return ran;
 }
@@ -267,8 +267,9 @@ void run_layers(const Forward<T>* given, int layers, int directions, int threads
         }))
       continue;
     for (int k = 0; k < count; ++k, run += directions)
-      run_directions<ForwardPass<T>>(run, directions, threads, kernel,
-                                     [&](int most) { return make_plan(plan_forward, *run, most); });
+      run_directions<ForwardPass<T>>(
+          run, directions, threads, [&](int most) { return make_plan(plan_forward, *run, most); },
+          kernel);
   }
 }
 
@@ -277,10 +278,11 @@ void run_layers(const Forward<T>* given, int layers, int directions, int threads
 template <class T>
 void forward(const Forward<T>* given, int layers, int directions, int threads) {
   if (given->sizes.batch == 0) return;
-  run_with_kernels<T>(
-      given, layers * directions, use_forward(given->sizes, given->in_bf16),
-      [&](const Kernels<T>& kernel) { run_layers(given, layers, directions, threads, kernel); },
-      spoiled<T>);
+  const auto run = [&](const Kernels<T>& kernel) {
+    run_layers(given, layers, directions, threads, kernel);
+  };
+  run_with_kernels<T>(given, layers * directions, run, spoiled<T>,
+                      use_forward(given->sizes, given->in_bf16));
 }
 
 template void forward(const Forward<float>*, int, int, int);

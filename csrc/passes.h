@@ -150,17 +150,19 @@ bool has_nan(const Rows<T>& rows, int64_t columns, const Args& in, const Kernels
   return false;
 }
 
-// Calls run(kernels) for `count` passes, with those for that use. Where these multiply sums of
+// Calls run(kernels, ...) for `count` passes, with those for each use. Where some multiply sums of
 // terms, an infinite number times another can be a NaN (inf * 1 + inf * 0) that should be infinite;
 // so where spoiled(pass, kernels) then, run() is called again, with those for any use.
-template <class T, class Args, class Run>
-void run_with_kernels(const Args* in, int count, Use use, Run&& run,
-                      bool (*spoiled)(const Args&, const Kernels<T>&)) {
-  const Kernels<T>&suited = kernels<T>(use), &plain = kernels<T>();
-  run(suited);
-  if (&suited != &plain &&
-      std::any_of(in, in + count, [&](const Args& pass) { return spoiled(pass, plain); }))
-    run(plain);
+template <class T, class Args, class Run, class... Uses>
+void run_with_kernels(const Args* in, int count, Run&& run,
+                      bool (*spoiled)(const Args&, const Kernels<T>&), Uses... uses) {
+  const Kernels<T>& plain = kernels<T>();
+  run(kernels<T>(uses)...);
+  const bool in_terms = ((&kernels<T>(uses) != &plain) || ...);
+  const auto is_spoiled = [&](const Args& pass) { return spoiled(pass, plain); };
+  if (!in_terms || std::none_of(in, in + count, is_spoiled)) return;
+  ++passes_run_again;
+  run(kernels<T>((void(uses), Use::any))...);
 }
 
 // C = A B for `count` rows, or C += A B: the panels of B that are this member's share of the
@@ -185,14 +187,14 @@ void product_of_group(const Kernels<T>& kernel, const Plan& plan, int member, Ro
 
 // Runs `count` passes at the same time, on as many threads each as its plan has. False, with
 // nothing run, where so many threads are not to be had.
-template <class Pass, class Args, class T, class PlanOf>
-bool run_together(const Args* in, int count, const Kernels<T>& kernel, PlanOf&& plan_of) {
+template <class Pass, class Args, class PlanOf, class... Tables>
+bool run_together(const Args* in, int count, PlanOf&& plan_of, const Tables&... kernels) {
   Workspace workspace;
   std::deque<Pass> passes;
   int threads = 0;
   for (int k = 0; k < count; ++k) {
     const Plan plan = plan_of(k);
-    passes.emplace_back(in[k], plan, kernel, &workspace);
+    passes.emplace_back(in[k], plan, &workspace, kernels...);
     threads += plan.threads();
   }
   workspace.allocate();
@@ -205,12 +207,12 @@ bool run_together(const Args* in, int count, const Kernels<T>& kernel, PlanOf&& 
 }
 
 // `make_plan(threads)` plans one direction.
-template <class Pass, class Args, class T, class MakePlan>
-void run_directions(const Args* directions, int count, int threads, const Kernels<T>& kernel,
-                    MakePlan&& make_plan) {
+template <class Pass, class Args, class MakePlan, class... Tables>
+void run_directions(const Args* directions, int count, int threads, MakePlan&& make_plan,
+                    const Tables&... kernels) {
   const auto run = [&](int first, int together, int most) {
-    return run_together<Pass>(directions + first, together, kernel,
-                              [&](int) { return make_plan(most); });
+    const auto plan_of = [&](int) { return make_plan(most); };
+    return run_together<Pass>(directions + first, together, plan_of, kernels...);
   };
   if (count == 2 && threads % 2 == 0 && make_plan(threads).threads() > 1 && run(0, 2, threads / 2))
     return;

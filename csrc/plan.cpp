@@ -40,6 +40,10 @@ constexpr double kFarTerms = 16 << 20;
 constexpr int64_t kTileUnitsForward = 48;
 constexpr int64_t kTileUnitsBackward = 96;
 constexpr double kTileCells = 3072;
+// Its products over time go there from fewer rows of a step on.
+constexpr int64_t kTileUnitsOfProducts = 128;
+constexpr int64_t kTileBatchOfProducts = 8;
+constexpr int64_t kTileRowsOfProducts = 256;
 // Layers run at the same time where the model sees this gain. It knows nothing of the other layers'
 // weights in the caches: 1000x1x256x256 lost a fifth where it saw 1 %.
 constexpr double kClearly = 0.9;
@@ -104,6 +108,13 @@ Use use_backward(const Sizes& s, bool in_bf16) {
   return pays ? Use::floats_on_tiles : Use::any;
 }
 
+Use use_products_backward(const Sizes& s, bool in_bf16) {
+  const Use steps = use_backward(s, in_bf16);
+  const bool pays = s.hidden >= kTileUnitsOfProducts && s.batch >= kTileBatchOfProducts &&
+                    s.steps * s.batch >= kTileRowsOfProducts;
+  return steps == Use::any && pays ? Use::floats_on_tiles : steps;
+}
+
 Plan plan_forward(const Sizes& s, const Machine& m, int threads) {
   Plan plan;
   plan.direct = direct(s, kDirectRowsForward);
@@ -135,14 +146,15 @@ int layers_at_once(const Sizes& s, int64_t first_input, const Machine& m, int la
   return in_waves < kClearly * in_turn ? most : 1;
 }
 
-Plan plan_backward(const Sizes& s, const Machine& m, int threads) {
+Plan plan_backward(const Sizes& s, const Machine& m, const Machine& of_products, int threads) {
   Plan plan;
   plan.direct = direct(s, kDirectRowsBackward);
   const double gates = 4 * double(s.hidden);
-  const double spread =
-      double(s.batch) * gates * double(2 * s.input + s.output) * m.cycles / double(4 * m.lanes);
+  const double spread = double(s.batch) * gates * double(2 * s.input + s.output) *
+                        of_products.cycles / double(4 * of_products.lanes);
   choose_grid(s, m, {gates, ceil_div(s.hidden, 4 * m.lanes), spread}, threads, &plan);
-  plan.block = std::clamp<int64_t>(m.strip_depth / std::max<int64_t>(1, s.batch), 1, s.steps);
+  plan.block =
+      std::clamp<int64_t>(of_products.strip_depth / std::max<int64_t>(1, s.batch), 1, s.steps);
   return plan;
 }
 

@@ -44,11 +44,13 @@ Machine machine_of(const Kernels<T>& kernel) {
 // gradients or without, has the same; so has every number of threads.
 Use use_forward(const Sizes& sizes, bool in_bf16);
 Use use_backward(const Sizes& sizes, bool in_bf16);
+Use use_products_backward(const Sizes& sizes, bool in_bf16);  // dx and the weight gradients
 
 // `block` depends on sizes and machine only, never on `threads`: the sums of the weight gradients
 // are cut by it.
 Plan plan_forward(const Sizes& sizes, const Machine& machine, int threads);
-Plan plan_backward(const Sizes& sizes, const Machine& machine, int threads);
+Plan plan_backward(const Sizes& sizes, const Machine& machine, const Machine& of_products,
+                   int threads);
 
 // How many layers, of `sizes` but for the input of the first, run at the same time, each on an
 // equal part of the threads and `block` steps of plan_in_wave() behind the one below: 1 if it does

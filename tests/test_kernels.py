@@ -44,6 +44,7 @@ SIZES = sorted(
         *((3, 35, size, 96) for size in (1, 31, 32, 33, 65, 130)),
         *((2, 35, 7, size) for size in (95, 97, 112, 127, 128, 129, 161)),
         (1, 130, 40, 100),
+        *((35, size, 33, 129) for size in (8, 9, 15, 20)),  # backward, products over time alone
         (40, 37, 12, 100),  # several blocks of time
         (2, 400, 70, 130),  # rows in parts
         (5, 18, 1050, 270),  # the input product over time, in passes; sums in chains
@@ -61,12 +62,14 @@ def problem_and_answer(sizes, dtype, bias, reverse) -> tuple[Problem, dict[str, 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda s: "x".join(map(str, s)))
 def test_equals_reference(isa, dtype, sizes):
+    again = _core.passes_run_again()
     for bias in (True, False):
         for reverse in (False, True):
             p, expected = problem_and_answer(sizes, dtype, bias, reverse)
             for threads in THREADS:
                 fastlstm.set_num_threads(threads)
                 assert_all_close(run_kernels(p, reverse=reverse), expected, dtype=dtype)
+    assert _core.passes_run_again() == again  # what reads other memory often finds a NaN there
 
 
 def test_long_sums_are_cut_into_chains(isa):
@@ -189,9 +192,13 @@ def test_rows_do_not_depend_on_their_batch(isa, dtype, T):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("N, H", [(1, 19), (2, 19), (9, 19), (33, 19), (33, 110)])
-def test_nan_and_inf_stay_in_their_row_and_go_where_the_formula_sends_them(isa, dtype, N, H, bad):
-    p = make_problem(6, N, 5, H, dtype)
+@pytest.mark.parametrize(
+    "T, N, H", [(6, 1, 19), (6, 2, 19), (6, 9, 19), (6, 33, 19), (6, 33, 110), (20, 14, 128)]
+)
+def test_nan_and_inf_stay_in_their_row_and_go_where_the_formula_sends_them(
+    isa, dtype, T, N, H, bad
+):
+    p = make_problem(T, N, 5, H, dtype)
     clean = run_kernels(p)
     row = N // 2
     p.x[2, row, 3] = bad
@@ -206,8 +213,7 @@ def test_nan_and_inf_stay_in_their_row_and_go_where_the_formula_sends_them(isa, 
         assert_close(a[finite], e[finite], name=name)
         others = np.arange(N) != row
         a, before = a[..., others, :], clean[name][..., others, :]
-        if isa == "amx" and _core.plan(6, N, 5, H, 1, 4, False)["floats_on_tiles"]:
-            # Not on tiles where there is a NaN.
+        if isa == "amx" and N * H > 1000:  # on tiles, but not where there is a NaN
             assert_close(a, before.astype(np.float64), name=name)
         else:
             assert_same_bits(a, before, name)

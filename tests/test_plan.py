@@ -84,6 +84,25 @@ def test_when_floats_go_on_tiles(N, H, forward, backward):
     assert not _core.plan(1, 1, 8, 512, 1, 4, False)["floats_on_tiles"]
 
 
+@pytest.mark.parametrize(
+    ("T", "N", "H", "steps", "products"),
+    [
+        (100, 8, 128, False, True),  # of a step few rows, over time many
+        (100, 7, 128, False, False),
+        (100, 8, 127, False, False),
+        (31, 8, 512, False, False),
+        (32, 8, 512, False, True),
+        (100, 23, 128, False, True),
+        (100, 24, 128, True, True),
+        (100, 32, 96, True, True),
+    ],
+)
+def test_when_products_over_time_go_on_tiles(T, N, H, steps, products):
+    for D, threads in ((1, 1), (1000, 3)):
+        plan = _core.plan(T, N, D, H, threads, 4, True)
+        assert (plan["floats_on_tiles"], plan["products_on_tiles"]) == (steps, products)
+
+
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize(
     ("sizes", "split"),

@@ -1,6 +1,7 @@
 // Which ISA's kernels run. Chosen once, when the module is loaded; outside every loop.
 #pragma once
 
+#include <atomic>
 #include <string>
 #include <vector>
 
@@ -20,5 +21,9 @@ std::string active_isa();
 // The kernels for that use, or for any where there are none of their own.
 template <class T>
 const Kernels<T>& kernels(Use use = Use::any);
+
+// For tests: how often a NaN among the results had passes run again with those for any use; see
+// run_with_kernels() in passes.h.
+inline std::atomic<int64_t> passes_run_again{0};
 
 }  // namespace fastlstm
