@@ -125,12 +125,13 @@ constexpr int64_t kChain = 320;
 // acc[m][v] += sum_k a[m][k] * b[k * step + v * VL ...]: in chains of nearly equal length,
 // each in the order of k, and their sums added in order.
 // The broadcasts are held and the panel's vectors come one at a time: that order fits the register
-// file exactly; the other one spills. `ahead` is memory to bring into L2 alongside, half a cache
-// line for each k: see next_part.
+// file exactly; the other one spills. Out of line the loop would store a sum after each addition,
+// and take up to 2.5 times as long. `ahead` is memory to bring into L2 alongside, half a cache line
+// for each k: see next_part.
 template <class T, int M, int V>
-FASTLSTM_INLINE void multiply(const T* const (&a)[M], int64_t depth, const T* b, int64_t step,
-                              const T* ahead, Vec<T> (&acc)[M][V]) {
-  const auto chain = [&](int64_t from, int64_t count) {
+FASTLSTM_INLINE void add_product(const T* const (&a)[M], int64_t depth, const T* b, int64_t step,
+                                 const T* ahead, Vec<T> (&acc)[M][V]) {
+  const auto chain = [&](int64_t from, int64_t count) FASTLSTM_INLINE_LAMBDA {
     const T* right = b + from * step;
     const T* later = ahead + from * kPrefetched<T>;
     const T* left[M];
@@ -163,6 +164,21 @@ FASTLSTM_INLINE void multiply(const T* const (&a)[M], int64_t depth, const T* b,
   }
   for (int m = 0; m < M; ++m)
     for (int v = 0; v < V; ++v) acc[m][v] = total[m][v];
+}
+
+template <class T, int M, int V>
+FASTLSTM_INLINE void multiply(const T* const (&a)[M], int64_t depth, const T* b, int64_t step,
+                              const T* ahead, Vec<T> (&acc)[M][V]) {
+#ifdef __clang__  // it stores all sums that have an address after each addition
+  Vec<T> sums[M][V];
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < V; ++v) sums[m][v] = acc[m][v];
+  add_product<T>(a, depth, b, step, ahead, sums);
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < V; ++v) acc[m][v] = sums[m][v];
+#else
+  add_product<T>(a, depth, b, step, ahead, acc);
+#endif
 }
 
 // ---- pack and transpose -------------------------------------------------------------------------
@@ -426,7 +442,7 @@ void step_forward(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p0, 
           const T* start = in.start.at(0, n + r) + unit;
           for (int gate = 0; gate < 4; ++gate) z[r][gate] = part.get(start + gate * H);
         }
-        const auto add = [&](Rows<const T> from, int64_t depth, const T* w) {
+        const auto add = [&](Rows<const T> from, int64_t depth, const T* w) FASTLSTM_INLINE_LAMBDA {
           const T* a[M];
           for (int r = 0; r < M; ++r) a[r] = from.at(0, n + r);
           const T* ahead = next_part(w + next * depth * row, n - n0, depth);

@@ -43,6 +43,7 @@ constexpr int lanes() {
 }
 
 #define FASTLSTM_INLINE inline __attribute__((always_inline))
+#define FASTLSTM_INLINE_LAMBDA __attribute__((always_inline))  // after its parameters
 
 template <class T>
 FASTLSTM_INLINE Vec<T> load(const T* p) {
