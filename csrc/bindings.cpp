@@ -1,6 +1,6 @@
 // The pybind11 module: turns Python arguments into the structs of lstm.h, releases the GIL,
-// calls. It checks in one place, read(); the rest trusts what python/fastlstm/ checked and
-// allocated.
+// calls. It checks in one place, read(); the rest trusts what python/fastlstm/ checked. For torch
+// it allocates too.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -342,6 +342,15 @@ void run_layers(Array x, Array h0, Array c0, Arrays weights, Array y, Array h_n,
   }
 }
 
+// What is there of an argument; nothing of None.
+Array array_of(py::handle object, const char* name) {
+  Array array;
+  if (!object.is_none() && !view(object, &array))
+    throw py::type_error(std::string(name) + ": expected a tensor of floats in this CPU's memory" +
+                         ", got " + Py_TYPE(object.ptr())->tp_name);
+  return array;
+}
+
 // A torch tensor like `like` but for its shape, of which sizes below zero are left out. What only a
 // step of training needs (`of_step`) has, if large, memory of an earlier one.
 py::object new_tensor(py::handle like, std::initializer_list<int64_t> shape, Array* array,
@@ -419,7 +428,7 @@ py::object infer(py::handle x, py::handle state, py::handle weights, int64_t D, 
 // _torch.run_forward. Of a cell y is h, and there is no h_n.
 py::tuple run_layer(py::handle x, const Array& h0, const Array& c0, Arrays weights, int directions,
                     const std::vector<int64_t>& batch_sizes, bool keep, int threads) {
-  const auto input = x.cast<Array>();
+  const Array input = array_of(x, "x");
   const bool ragged = !batch_sizes.empty(), cell = input.dims == 2 && !ragged;
   const int64_t H = weights[0].shape[0] / 4, P = weights[1].shape[1];
   const int64_t N = ragged ? batch_sizes[0] : input.shape[input.dims - 2];
@@ -460,12 +469,12 @@ py::tuple run_layer_backward(py::handle x, py::handle h0, py::handle c0, const p
                              : k == 1 ? h0
                              : k == 2 ? c0
                                       : py::handle(PyList_GET_ITEM(weights.ptr(), ssize_t(k - 3)));
-    inputs[k] = input.cast<Array>();
+    inputs[k] = array_of(input, k == 0 ? "x" : k == 1 ? "h0" : k == 2 ? "c0" : "weights");
     found[k] = py::none();
     if (!needed[k] || input.is_none()) continue;
     const auto size = [&](int d) { return d < inputs[k].dims ? inputs[k].shape[d] : -1; };
     if (k == 0 && !dx.is_none()) {
-      grads[k] = dx.cast<Array>();
+      grads[k] = array_of(dx, "dx");
       found[k] = dx;
     } else {
       found[k] = new_tensor(input, {size(0), size(1), size(2), size(3)}, &grads[k], k >= 3);

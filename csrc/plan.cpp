@@ -40,7 +40,7 @@ constexpr double kFarTerms = 16 << 20;
 constexpr int64_t kTileUnitsForward = 48;
 constexpr int64_t kTileUnitsBackward = 96;
 constexpr double kTileCells = 3072;
-// Its products over time go there from fewer rows of a step on.
+// The products over time of a backward pass go there from fewer rows of a step on.
 constexpr int64_t kTileUnitsOfProducts = 128;
 constexpr int64_t kTileBatchOfProducts = 8;
 constexpr int64_t kTileRowsOfProducts = 256;

@@ -44,7 +44,8 @@ Machine machine_of(const Kernels<T>& kernel) {
 // gradients or without, has the same; so has every number of threads.
 Use use_forward(const Sizes& sizes, bool in_bf16);
 Use use_backward(const Sizes& sizes, bool in_bf16);
-Use use_products_backward(const Sizes& sizes, bool in_bf16);  // dx and the weight gradients
+// For the weight gradients and, of a batch that is not ragged, dx.
+Use use_products_backward(const Sizes& sizes, bool in_bf16);
 
 // `block` depends on sizes and machine only, never on `threads`: the sums of the weight gradients
 // are cut by it.

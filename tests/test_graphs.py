@@ -571,6 +571,20 @@ def test_operators_check_what_they_get(options):
             torch.ops.fastlstm.layer_backward(**good | changed)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of torch's own doing
+@pytest.mark.parametrize("module", [fastlstm.nn.LSTM(D, H), fastlstm.nn.LSTMCell(D, H)], ids=str)
+def test_compiled_autograd(module):
+    """A backward pass of eager calls that is compiled itself."""
+    x = torch.randn(*((N,) if isinstance(module, nn.LSTMCell) else (T, N)), D, requires_grad=True)
+    leaves = [x, *module.parameters()]
+    expected = torch.autograd.grad(flatten(module(x))[0].square().sum(), leaves)
+    loss = flatten(module(x))[0].square().sum()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward()
+    for tensor, right in zip(leaves, expected, strict=True):
+        assert_close(tensor.grad, right)
+
+
 # --- torch.export --------------------------------------------------------------------------------
 
 DYNAMIC = torch.export.Dim.DYNAMIC

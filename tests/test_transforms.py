@@ -627,6 +627,24 @@ def test_only_gradients_that_are_needed_are_computed(wanted, how, monkeypatch):
     assert [[bool(need) for need in needed] for needed in asked] == [[n == wanted for n in names]]
 
 
+@some_cases
+def test_a_mode_sees_backward_alone(config):
+    """Also where the forward pass was run before the mode, or before the tracer."""
+    case = Case(**config)
+    x = case.x.clone().requires_grad_()
+    y = case(case.ours, x)[0]
+    leaves = [x, *case.ours.parameters()]
+    backward = partial(torch.autograd.grad, y, leaves, retain_graph=True)
+    seeds = random(*y.shape), random(*y.shape, seed=1)
+    expected = [backward(seed) for seed in seeds]
+    with FlopCounterMode(display=False) as counter:
+        assert_close(backward(seeds[0]), expected[0])
+    assert counter.get_total_flops() > 0
+    traced = make_fx(backward)(seeds[0])
+    for seed, right in zip(seeds, expected, strict=True):
+        assert_close(traced(seed), right)
+
+
 # --- precision -----------------------------------------------------------------------------------
 
 

@@ -62,7 +62,7 @@ def run_forward(
 def new_results(
     x: Tensor, weights: list[Tensor], directions: int, batch_sizes: Sequence[int], keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Kept]:
-    """Return memory for what :func:`run_forward` returns, for a tracer or on CUDA."""
+    """Return memory for what :func:`run_forward` returns, for tracers, checks and CUDA."""
     *time, _ = x.shape
     N = batch_sizes[0] if batch_sizes else time[1]
     four_h, P = weights[1].shape
@@ -113,7 +113,7 @@ def on_kernels(
     needed: Sequence[bool],
 ) -> Grads | None:
     """Return what :func:`run_backward` does, or None where the kernels cannot."""
-    if observed():
+    if observed() or torch._C._len_torch_dispatch_stack() > 0:
         return None
     try:
         return run_backward(layer, inputs, y, kept, grads, needed)
@@ -130,12 +130,13 @@ def batched(grads: Sequence[Tensor | None]) -> bool:
 
 
 class _Node(_SingleLevelFunction):
-    """A torch.autograd.Function without its own `apply`, which looks for transforms of torch.func.
+    """torch.autograd.Function but for its `apply`, which first looks for transforms of torch.func.
 
     Those never come here.
     """
 
     apply: ClassVar[Callable[..., Any]]  # of the C++ class below
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
 
 
 class Layer(_Node):
