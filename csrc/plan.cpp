@@ -111,7 +111,7 @@ Use use_backward(const Sizes& s, bool in_bf16) {
 Use use_products_backward(const Sizes& s, bool in_bf16) {
   const Use steps = use_backward(s, in_bf16);
   const bool pays = s.hidden >= kTileUnitsOfProducts && s.batch >= kTileBatchOfProducts &&
-                    s.steps * s.batch >= kTileRowsOfProducts;
+                    s.batch >= ceil_div(kTileRowsOfProducts, s.steps);
   return steps == Use::any && pays ? Use::floats_on_tiles : steps;
 }
 
