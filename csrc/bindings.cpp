@@ -353,14 +353,14 @@ Array array_of(py::handle object, const char* name) {
 
 // A torch tensor like `like` but for its shape, of which sizes below zero are left out. What only a
 // step of training needs (`of_step`) has, if large, memory of an earlier one.
-py::object new_tensor(py::handle like, std::initializer_list<int64_t> shape, Array* array,
-                      bool of_step = false) {
+py::object new_tensor(py::handle like, int itemsize, std::initializer_list<int64_t> shape,
+                      Array* array, bool of_step = false) {
   static PyObject* const new_empty = PyUnicode_InternFromString("new_empty");
   // Sizes one by one, which torch reads faster than a tuple.
   py::object sizes[Array::kDims];
   PyObject* given[1 + Array::kDims] = {like.ptr()};
   size_t count = 1;
-  double bytes = sizeof(double);  // at most
+  double bytes = itemsize;
   for (const int64_t size : shape) {
     if (size < 0) continue;
     sizes[count - 1] = py::int_(size);
@@ -402,13 +402,14 @@ py::object infer(py::handle x, py::handle state, py::handle weights, int64_t D, 
   Array input = call.x, y, h_n, c_n;
   py::object results[3];
   if (dims == 2) {
-    results[1] = new_tensor(x, {batch, H}, &y);
-    results[2] = new_tensor(x, {batch, H}, &c_n);
+    results[1] = new_tensor(x, call.x.itemsize, {batch, H}, &y);
+    results[2] = new_tensor(x, call.x.itemsize, {batch, H}, &c_n);
   } else {
     const int64_t rows = packed ? call.x.shape[0] : call.T;
-    results[0] = new_tensor(x, {rows, packed ? -1 : batch, directions * output}, &y);
-    results[1] = new_tensor(x, {parts, batch, output}, &h_n);
-    results[2] = new_tensor(x, {parts, batch, H}, &c_n);
+    results[0] =
+        new_tensor(x, call.x.itemsize, {rows, packed ? -1 : batch, directions * output}, &y);
+    results[1] = new_tensor(x, call.x.itemsize, {parts, batch, output}, &h_n);
+    results[2] = new_tensor(x, call.x.itemsize, {parts, batch, H}, &c_n);
   }
   if (!call.batched) {
     input = input.with_one(dims - 2);
@@ -437,14 +438,14 @@ py::tuple run_layer(py::handle x, const Array& h0, const Array& c0, Arrays weigh
   Array y, h_n, c_n, gates, cells, raw;
   py::tuple found(6);
   for (size_t k = 0; k < found.size(); ++k) found[k] = py::none();
-  found[0] = new_tensor(x, {T, batch, directions * P}, &y);
-  if (!cell) found[1] = new_tensor(x, {lead, N, P}, &h_n);
-  found[2] = new_tensor(x, {lead, N, H}, &c_n);
+  found[0] = new_tensor(x, input.itemsize, {T, batch, directions * P}, &y);
+  if (!cell) found[1] = new_tensor(x, input.itemsize, {lead, N, P}, &h_n);
+  found[2] = new_tensor(x, input.itemsize, {lead, N, H}, &c_n);
   if (keep) {
-    found[3] = new_tensor(x, {lead, T, batch, 4 * H}, &gates, true);
-    found[4] = new_tensor(x, {lead, T, batch, H}, &cells, true);
+    found[3] = new_tensor(x, input.itemsize, {lead, T, batch, 4 * H}, &gates, true);
+    found[4] = new_tensor(x, input.itemsize, {lead, T, batch, H}, &cells, true);
     if (weights.size() / size_t(directions) % 2)
-      found[5] = new_tensor(x, {lead, T, batch, H}, &raw, true);
+      found[5] = new_tensor(x, input.itemsize, {lead, T, batch, H}, &raw, true);
   }
   run_forward(input, h0, c0, std::move(weights), y, h_n, c_n, gates, cells, raw, batch_sizes, false,
               threads);
@@ -458,26 +459,23 @@ py::tuple run_layer_backward(py::handle x, py::handle h0, py::handle c0, const p
                              Array grad_h, Array grad_c, py::handle dx,
                              const std::vector<bool>& needed,
                              const std::vector<int64_t>& batch_sizes, int threads) {
-  const size_t count = 3 + weights.size();
-  if (needed.size() != count)
-    throw std::invalid_argument("needed: expected " + std::to_string(count) + " values, got " +
-                                std::to_string(needed.size()));
+  std::vector<py::handle> given = {x, h0, c0};
+  given.insert(given.end(), weights.begin(), weights.end());
+  constexpr const char* kNames[] = {"x", "h0", "c0", "weights"};
+  const size_t count = given.size();
   py::tuple found(count);
   Arrays inputs(count), grads(count);
   for (size_t k = 0; k < count; ++k) {
-    const py::handle input = k == 0   ? x
-                             : k == 1 ? h0
-                             : k == 2 ? c0
-                                      : py::handle(PyList_GET_ITEM(weights.ptr(), ssize_t(k - 3)));
-    inputs[k] = array_of(input, k == 0 ? "x" : k == 1 ? "h0" : k == 2 ? "c0" : "weights");
+    inputs[k] = array_of(given[k], kNames[std::min<size_t>(k, 3)]);
     found[k] = py::none();
-    if (!needed[k] || input.is_none()) continue;
+    if (!needed[k]) continue;
     const auto size = [&](int d) { return d < inputs[k].dims ? inputs[k].shape[d] : -1; };
     if (k == 0 && !dx.is_none()) {
       grads[k] = array_of(dx, "dx");
       found[k] = dx;
     } else {
-      found[k] = new_tensor(input, {size(0), size(1), size(2), size(3)}, &grads[k], k >= 3);
+      found[k] = new_tensor(given[k], inputs[k].itemsize, {size(0), size(1), size(2), size(3)},
+                            &grads[k], k >= 3);
     }
   }
   run_backward(inputs[0], inputs[1], inputs[2], {inputs.begin() + 3, inputs.end()}, y, gates, cells,
@@ -520,7 +518,7 @@ py::dict show_plan(int64_t T, int64_t N, int64_t D, int64_t H, int threads, int 
       backward && use_products_backward(sizes, false) == Use::floats_on_tiles;
   shown["input_in_step"] = plan.input_in_step;
   shown["block"] = plan.block;
-  shown["layers_at_once"] = layers_at_once({T, N, H, H, H}, D, machine(itemsize), layers, threads);
+  shown["layers_at_once"] = layers_at_once({T, N, H, H, H}, D, m, layers, threads);
   return shown;
 }
 

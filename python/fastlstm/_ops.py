@@ -138,6 +138,14 @@ def layer_backward(
 ) -> list[Tensor]:
     """Return the gradients of x, h0, c0 and the weights that are `needed`."""
     x, h0, c0, packed, sizes = _checked(x, h0, c0, weights, directions, batch_sizes)
+    inputs = [x, h0, c0, *packed]
+    if len(needed) != len(inputs) or any(
+        need and tensor is None for need, tensor in zip(needed, inputs, strict=True)
+    ):
+        raise RuntimeError(
+            "fastlstm::layer_backward: expected needed to tell of x, h0, c0 and each weight, "
+            f"{len(inputs)} in all, and False of a state of None, got {list(needed)}"
+        )
     meta = torch.empty_like(x, device="meta")
     *results, saved = _torch.new_results(meta, packed, directions, sizes, keep=True)
     expected = [*results, results[0], *(tensor for tensor in saved if tensor is not None)]
@@ -154,7 +162,7 @@ def layer_backward(
     y, gates, cells, raw = (*_plain(y, *kept), None)[:4]
     found = _torch.run_backward(
         (directions, sizes),
-        [x, h0, c0, *packed],
+        inputs,
         y,
         (gates, cells, raw),
         (grad_y, grad_h, grad_c),

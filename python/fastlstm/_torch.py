@@ -78,13 +78,11 @@ def new_results(
 
 
 def memory_of_a_step(like: Tensor, *shape: int) -> Tensor:
-    """Return memory on the CPU that one step of training needs: if large, that of an earlier step.
+    """Return large memory on the CPU that one step of training needs: that of an earlier step.
 
-    For what nobody has a reason to resize, which large memory does not allow.
+    For what nobody has a reason to resize, which it does not allow. `_core` calls this.
     """
     size = prod(shape) * like.itemsize
-    if size < _core.LARGE:
-        return like.new_empty(shape)
     storage = torch.frombuffer(_core.block(size), dtype=like.dtype).untyped_storage()
     new = torch.empty(0, dtype=like.dtype, device="cpu")
     return new.set_(storage).resize_(shape)  # not a view of a tensor
