@@ -512,8 +512,9 @@ py::dict show_plan(int64_t T, int64_t N, int64_t D, int64_t H, int threads, int 
   shown["panel_groups"] = plan.panel_groups;
   shown["threads"] = plan.threads();
   shown["direct"] = plan.direct;
-  shown["floats_on_tiles"] =
-      (backward ? use_backward : use_forward)(sizes, false) == Use::floats_on_tiles;
+  shown["across"] = plan.across;
+  const Use use = backward ? use_backward(sizes, false) : use_forward(sizes, m, false);
+  shown["floats_on_tiles"] = use == Use::floats_on_tiles;
   shown["products_on_tiles"] =
       backward && use_products_backward(sizes, false) == Use::floats_on_tiles;
   shown["input_in_step"] = plan.input_in_step;

@@ -39,7 +39,9 @@ class ForwardPass {
     own_z_ = !in.gates && !plan.input_in_step;
     z_place_ = workspace->reserve<T>(own_z_ ? plan.block * batch * 4 * hidden : 0);
     const int64_t at_once = std::max(batch, plan.input_in_step ? 0 : plan.block * batch);
-    scratch_size_ = kernel.scratch_size(at_once, input + output + hidden + 3 * kernel.panel_depth);
+    scratch_size_ = plan.across ? kernel.across_size(input + output)
+                                : kernel.scratch_size(
+                                      at_once, input + output + hidden + 3 * kernel.panel_depth);
     scratch_place_ = workspace->reserve<T>(plan.threads() * scratch_size_);
   }
 
@@ -128,7 +130,9 @@ class ForwardPass {
         step.gates = in.gates ? kept_gates.block(s, 0, batch) : Rows<T>{};
         step.half_gates = in.half_gates ? half_gates.block(s, 0, batch) : Rows<Float16>{};
         step.scratch = scratch;
-        const auto run = plan.direct ? kernel.step_forward_direct : kernel.step_forward;
+        const auto run = plan.across   ? kernel.step_forward_across
+                         : plan.direct ? kernel.step_forward_direct
+                                       : kernel.step_forward;
         // Sequences that go on, then those that begin here.
         const int64_t going = active.with_before(s), all = active.at(s);
         if (n0 < going) {
@@ -282,7 +286,7 @@ void forward(const Forward<T>* given, int layers, int directions, int threads) {
     run_layers(given, layers, directions, threads, kernel);
   };
   run_with_kernels<T>(given, layers * directions, run, spoiled<T>,
-                      use_forward(given->sizes, given->in_bf16));
+                      use_forward(given->sizes, machine_of(kernels<T>()), given->in_bf16));
 }
 
 template void forward(const Forward<float>*, int, int, int);

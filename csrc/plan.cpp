@@ -17,6 +17,10 @@ constexpr double kCellCycles = 100;        // gates, c and h of one vector of un
 constexpr int64_t kDirectSteps = 4;
 constexpr int64_t kDirectRowsForward = 32;
 constexpr int64_t kDirectRowsBackward = 128;
+// Of those, the batch goes across the lanes from so many rows on, in vectors of them; then as many
+// rows (T * N) as its vectors side by side hold pay forward.
+constexpr double kAcrossBatch = 1.5;
+constexpr int64_t kAcrossRows = kPanelVectors;
 // The input product belongs in the step, unless so few batch rows share the weights that many times
 // at once use them better, and the input is not short either.
 constexpr int64_t kBatchInStep = 4;
@@ -66,7 +70,7 @@ double step_cycles(const Sizes& s, const Machine& m, const StepWork& work, int r
   const double product =
       std::max(multiplied * work.depth * m.cycles, panel_bytes / bytes_per_cycle);
   return panels * (product + batch * kCellCycles) + work.spread / (rows * columns) +
-         (columns > 1 ? kBarrierCycles : 0);
+         (columns > 1 && s.steps > 1 ? kBarrierCycles : 0);
 }
 
 void choose_grid(const Sizes& s, const Machine& m, const StepWork& work, int threads, Plan* plan) {
@@ -90,10 +94,19 @@ bool direct(const Sizes& s, int64_t most_rows) {
   return s.steps <= kDirectSteps && s.batch <= most_rows / s.steps;
 }
 
+bool across(const Sizes& s, const Machine& m) {
+  return m.tile_rows == 1 && double(s.batch) > kAcrossBatch * double(m.lanes) &&
+         direct(s, std::max(kDirectRowsForward, kAcrossRows * m.lanes));
+}
+
+bool direct_forward(const Sizes& s, const Machine& m) {
+  return direct(s, kDirectRowsForward) || across(s, m);
+}
+
 }  // namespace
 
-Use use_forward(const Sizes& s, bool in_bf16) {
-  if (direct(s, kDirectRowsForward)) return Use::any;
+Use use_forward(const Sizes& s, const Machine& m, bool in_bf16) {
+  if (in_bf16 ? direct(s, kDirectRowsForward) : direct_forward(s, m)) return Use::any;
   if (in_bf16) return Use::bf16;
   const bool far = 24 * double(s.hidden) * double(s.output) > kFarTerms;
   const bool pays = s.hidden >= kTileUnitsForward && s.batch >= (far ? 2 : 1) * kTileBatch;
@@ -117,11 +130,15 @@ Use use_products_backward(const Sizes& s, bool in_bf16) {
 
 Plan plan_forward(const Sizes& s, const Machine& m, int threads) {
   Plan plan;
-  plan.direct = direct(s, kDirectRowsForward);
+  plan.direct = direct_forward(s, m);
+  plan.across = across(s, m);
   const bool far = s.batch <= kFarBatch && s.steps >= kFarSteps &&
                    4 * m.element * double(s.hidden) * double(s.input) > double(kFarBytes);
   plan.input_in_step = plan.direct || s.input <= kInputInStep || (s.batch >= kBatchInStep && !far);
-  choose_grid(s, m, {double(s.output + s.input), ceil_div(s.hidden, m.lanes), 0}, threads, &plan);
+  Machine of_step = m;
+  if (plan.across) of_step.tile_rows = m.lanes;
+  choose_grid(s, of_step, {double(s.output + s.input), ceil_div(s.hidden, m.lanes), 0}, threads,
+              &plan);
   const int64_t rows = far ? kFarBlockRows : kForwardBlockRows;
   plan.block = std::clamp<int64_t>(rows / std::max<int64_t>(1, s.batch), 1, s.steps);
   return plan;

@@ -16,6 +16,7 @@ struct Plan {
   int row_groups = 1;
   int panel_groups = 1;
   bool direct = false;  // read the weights where they are instead of packing them
+  bool across = false;  // forward, of these: the batch across the lanes
   bool input_in_step =
       false;          // forward: the input product inside the step, not a product over time
   int64_t block = 1;  // time steps whose input product (or dz) is held at once, and after which a
@@ -40,9 +41,10 @@ Machine machine_of(const Kernels<T>& kernel) {
           double(kernel.panel_row) * sizeof(T) / double(columns)};
 }
 
-// The kernels that suit a pass, where there are such. Of a stack, every layer forward, with
-// gradients or without, has the same; so has every number of threads.
-Use use_forward(const Sizes& sizes, bool in_bf16);
+// The kernels that suit a pass, where there are such; `machine` is that of the plain ones. Of a
+// stack, every layer forward, with gradients or without, has the same; so has every number of
+// threads.
+Use use_forward(const Sizes& sizes, const Machine& machine, bool in_bf16);
 Use use_backward(const Sizes& sizes, bool in_bf16);
 // For the weight gradients and, of a batch that is not ragged, dx.
 Use use_products_backward(const Sizes& sizes, bool in_bf16);

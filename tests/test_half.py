@@ -72,6 +72,9 @@ class Problem:
 SIZES = {
     "one of everything": {"T": 5, "N": 1, "D": 1, "H": 1},
     "weights as they are": {"T": 1, "N": 3, "D": 20, "H": 30},
+    "the batch across the lanes": {"T": 1, "N": 28, "D": 20, "H": 30},
+    "ragged across the lanes": {"T": 2, "N": 15, "D": 9, "H": 17, "batch_sizes": (15, 4)},
+    "projected across the lanes": {"T": 1, "N": 27, "D": 9, "H": 20, "P": 7},
     "input product over time": {"T": 7, "N": 2, "D": 1100, "H": 20},
     "odd": {"T": 6, "N": 33, "D": 17, "H": 19},
     "whole tiles": {"T": 3, "N": 64, "D": 64, "H": 64},

@@ -35,6 +35,10 @@ SIZES = sorted(
             (AWKWARD[k], AWKWARD[(k + 5) % 16], AWKWARD[(k + 9) % 16], AWKWARD[(k + 14) % 16])
             for k in range(16)
         ),
+        # with the batch across the lanes
+        *((1, size, 7, 37) for size in (14, 26, 28, 33, 48, 49, 64)),
+        *((2, size, 5, 50) for size in (7, 13, 32)),
+        (1, 30, 400, 20),
         (2, 97, 97, 97),
         (3, 300, 5, 9),  # more rows in one step than one pass of a weight gradient takes
         (1, 64, 128, 200),

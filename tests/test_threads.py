@@ -21,6 +21,7 @@ THREADS = (1, 2, 3, 4, 7)
 SIZES = [
     (1, 1, 64, 64),
     (1, 1, 300, 300),
+    (1, 30, 64, 100),
     (3, 1, 64, 256),
     (20, 1, 128, 512),
     (5, 2, 97, 300),
@@ -48,6 +49,7 @@ def test_the_sizes_reach_every_plan():
         assert {plan["block"] < T for (T, *_), plan in cases} == {False, True}
         if not backward:
             assert {plan["input_in_step"] for _, plan in cases} == {False, True}
+            assert {plan["across"] for _, plan in cases} == {False, True}
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=SIZE_IDS)

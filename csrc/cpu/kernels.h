@@ -61,7 +61,7 @@ struct StepForward {
   int64_t output;       // P, the columns of h_prev
   Rows<const T> start;  // (N, 4H); step_n 0 for a bias
   Rows<const T> x;      // (N, D)
-  Matrix<T> w_ih;       // gate panels (see pack_gates), or (4H, D) as it is for step_forward_direct
+  Matrix<T> w_ih;  // gate panels (see pack_gates), or (4H, D) as it is for the two direct steps
   Rows<const T> h_prev;
   Matrix<T> w_hh;  // gate panels, or (4H, P) as it is
   Rows<const T> c_prev;
@@ -111,6 +111,8 @@ struct Kernels {
   int64_t strip_rows, strip_depth, strip_size;
   // Elements of memory that a thread needs for so many rows of A of all depths together.
   int64_t (*scratch_size)(int64_t rows, int64_t depth);
+  // The same for step_forward_across, of D + P.
+  int64_t (*across_size)(int64_t depth);
 
   // Panels p0 <= p < p1 of W (4H, K) as B = W^T with the gates interleaved: [p][k][gate][VL],
   // zeros beyond H.
@@ -140,7 +142,10 @@ struct Kernels {
   void (*product)(const Product<T>&, int64_t m0, int64_t m1, int64_t p0, int64_t p1);
   // Batch rows n0 <= n < n1; panels of VL units (forward) or 4*VL units (backward).
   void (*step_forward)(const StepForward<T>&, int64_t n0, int64_t n1, int64_t p0, int64_t p1);
+  // On weights as they are: for few batch rows, and for so many that they fill the lanes.
   void (*step_forward_direct)(const StepForward<T>&, int64_t n0, int64_t n1, int64_t p0,
+                              int64_t p1);
+  void (*step_forward_across)(const StepForward<T>&, int64_t n0, int64_t n1, int64_t p0,
                               int64_t p1);
   void (*step_backward)(const StepBackward<T>&, int64_t n0, int64_t n1, int64_t p0, int64_t p1);
 

@@ -185,9 +185,9 @@ FASTLSTM_INLINE void multiply(const T* const (&a)[M], int64_t depth, const T* b,
 
 // to[c * to_step + r] = from[r * from_step + c] for r < rows, c < columns; zeros for rows <= r <
 // VL.
-template <class T, class S>
+template <class T, class S, class To>
 FASTLSTM_INLINE void transpose_strip(const S* from, int64_t from_step, int64_t rows,
-                                     int64_t columns, T* to, int64_t to_step, int64_t width) {
+                                     int64_t columns, To* to, int64_t to_step, int64_t width) {
   constexpr int VL = lanes<T>();
   for (int64_t c = 0; c < columns; c += VL) {
     const int64_t count = columns - c < VL ? columns - c : VL;
@@ -219,8 +219,8 @@ void pack_gates(Matrix<T> matrix, int64_t hidden, int64_t depth, int64_t p0, int
   with_elements(matrix, [&](auto* w) {
     for (int64_t p = p0; p < p1; ++p)
       for (int64_t gate = 0; gate < kPanelVectors; ++gate)
-        transpose_strip(w + (gate * hidden + p * VL) * depth, depth, hidden - p * VL, depth,
-                        out + p * depth * row + gate * VL, row, VL);
+        transpose_strip<T>(w + (gate * hidden + p * VL) * depth, depth, hidden - p * VL, depth,
+                           out + p * depth * row + gate * VL, row, VL);
   });
 }
 
@@ -255,8 +255,8 @@ void transpose(Rows<const T> a, int64_t count, int64_t m0, int64_t m1, T* out, i
   for (int64_t m = m0; m < m1; m += VL)
     for (int64_t k = 0; k < count; k += VL) {
       const int64_t rows = count - k < VL ? count - k : VL;
-      transpose_strip(a.row(k) + m, a.step_n, rows, m1 - m < VL ? m1 - m : VL,
-                      out + (m - m0) * step + k, step, rows);
+      transpose_strip<T>(a.row(k) + m, a.step_n, rows, m1 - m < VL ? m1 - m : VL,
+                         out + (m - m0) * step + k, step, rows);
     }
 }
 
@@ -268,8 +268,8 @@ void pack_columns(Matrix<T> matrix, int64_t depth, int64_t columns, int64_t p0, 
     for (int64_t p = p0; p < p1; ++p)
       for (int64_t v = 0; v < to.step(p); v += VL) {
         const int64_t first = p * kPanelVectors * VL + v;
-        transpose_strip(w + first * depth, depth, columns - first, depth,
-                        const_cast<T*>(to.at(p)) + v, to.step(p), VL);
+        transpose_strip<T>(w + first * depth, depth, columns - first, depth,
+                           const_cast<T*>(to.at(p)) + v, to.step(p), VL);
       }
   });
 }
@@ -399,6 +399,26 @@ void outer(Rows<const T> a, Rows<const T> b, int64_t count, int64_t columns, int
     for (; j + VL <= columns; j += VL) add(Int<1>(), j, AllLanes());
     if (j < columns) add(Int<1>(), j, FirstLanes{columns - j});
   }
+}
+
+// ---- half precision -----------------------------------------------------------------------------
+
+template <class T>
+void widen(const void* from, Element element, int64_t count, T* to) {
+  with_type<T>(element, [&](auto type) {
+    const auto* const halves = static_cast<const typename decltype(type)::type*>(from);
+    for (int64_t k = 0; k < count; k += lanes<T>())
+      with_lanes<T>(count - k, [&](auto part) { part.put(to + k, part.get(halves + k)); });
+  });
+}
+
+template <class T>
+void narrow(const T* from, int64_t count, Element element, void* to) {
+  with_type<T>(element, [&](auto type) {
+    auto* const halves = static_cast<typename decltype(type)::type*>(to);
+    for (int64_t k = 0; k < count; k += lanes<T>())
+      with_lanes<T>(count - k, [&](auto part) { part.put(halves + k, part.get(from + k)); });
+  });
 }
 
 // ---- the step forward ---------------------------------------------------------------------------
@@ -558,6 +578,112 @@ void step_forward_direct(const StepForward<T>& in, int64_t n0, int64_t n1, int64
   });
 }
 
+// Vectors of batch rows side by side, and units whose gates they take at a time: sums, broadcasts
+// and a vector fit the registers.
+constexpr int kAcrossVectors = kTileRows > kPanelVectors ? kPanelVectors : 2;
+template <int V>
+constexpr int kAcrossUnits = V == 1 || (V < 4 && kTileRows > 4) ? 2 : 1;
+constexpr int64_t kAcrossRows = 4 * 2;  // of W at a time, at most
+
+template <class T>
+int64_t across_size(int64_t depth) {
+  return (kAcrossVectors * lanes<T>() + kAcrossRows) * depth;
+}
+
+// A row of w, widened to `buffer` where its elements are halves.
+template <class T>
+FASTLSTM_INLINE const T* full_row(const Matrix<T>& w, int64_t row, int64_t depth, T* buffer) {
+  const T* found = w.full() + row * depth;
+  if constexpr (sizeof(T) == sizeof(float))
+    if (w.element != Element::full) {
+      widen<T>(static_cast<const Float16*>(w.data) + row * depth, w.element, depth, buffer);
+      found = buffer;
+    }
+  return found;
+}
+
+// z^T = W [x h]^T for `count` rows of the batch, V vectors of them: x and h are turned once, c
+// before the cells of a panel of units, and what comes of these after.
+template <class T, int V>
+void across(const StepForward<T>& in, int64_t n, int64_t count, int64_t p0, int64_t p1) {
+  constexpr int VL = lanes<T>();
+  constexpr int64_t row = V * VL;
+  const int64_t H = in.hidden;
+  T* const x = in.scratch;
+  T* const h = x + in.input * row;
+  T* const buffer = h + in.output * row;
+  const auto turn = [&](Rows<const T> from, int64_t first, int64_t columns, T* to) {
+    for (int64_t v = 0; v < row; v += VL)
+      transpose_strip<T>(from.at(0, n + v) + first, from.step_n, count - v, columns, to + v, row,
+                         VL);
+  };
+  turn(in.x, 0, in.input, x);
+  turn(in.h_prev, 0, in.output, h);
+  for_panels(in.step, p0, p1, [&](int64_t p, int64_t) {
+    const int64_t first = p * VL, units = H - first < VL ? H - first : VL;
+    T c[VL][row], out[VL][row], gates[VL][4][row];
+    turn(in.c_prev, first, units, c[0]);
+    StepForward<T> turned{};  // row n of it is a unit
+    turned.hidden = row;
+    turned.c = {c[0], 0, row};
+    turned.c_prev = turned.c;
+    turned.h = {out[0], 0, row};
+    if (in.gates.data || in.half_gates.data) turned.gates = {gates[0][0], 0, 4 * row};
+    const auto some = [&](auto many, int64_t u) FASTLSTM_INLINE_LAMBDA {
+      constexpr int R = decltype(many)::value, M = 4 * R;
+      const auto row_of = [&](int gate, int64_t unit) { return gate * H + first + unit; };
+      Vec<T> z[M][V];
+      for (int m = 0; m < M; ++m)
+        for (int v = 0; v < V; ++v) z[m][v] = broadcast(in.start.data[row_of(m / R, u + m % R)]);
+      const auto add = [&](const Matrix<T>& w, int64_t depth, const T* b) FASTLSTM_INLINE_LAMBDA {
+        const T* a[M];
+        for (int m = 0; m < M; ++m)
+          a[m] = full_row(w, row_of(m / R, u + m % R), depth, buffer + m * depth);
+        // Four times in turn, the next rows of one gate.
+        const int64_t later = row_of(int(u / R % 4), (u / M + 1) * M);
+        multiply<T, M, V>(a, depth, b, row, w.full() + later * depth, z);
+      };
+      add(in.w_ih, in.input, x);
+      add(in.w_hh, in.output, h);
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) {
+          const Vec<T> one[1][4] = {{z[r][v], z[R + r][v], z[2 * R + r][v], z[3 * R + r][v]}};
+          cells_forward<T, 1>(turned, u + r, v * VL, one, AllLanes());
+        }
+    };
+    constexpr int R = kAcrossUnits<V>;
+    int64_t u = 0;
+    for (; u + R <= units; u += R) some(Int<R>(), u);
+    for (; u < units; ++u) some(Int<1>(), u);
+    const auto turn_back = [&](const T* from, int64_t step, auto to, int64_t column) {
+      transpose_strip<T>(from, step, units, count, to.at(0, n) + first + column, to.step_n, units);
+    };
+    turn_back(c[0], row, in.c, 0);
+    turn_back(out[0], row, in.h, 0);
+    for (int64_t gate = 0; gate < 4; ++gate) {
+      if (in.gates.data) turn_back(gates[0][gate], 4 * row, in.gates, gate * H);
+      if constexpr (sizeof(T) == sizeof(float))
+        if (in.half_gates.data) turn_back(gates[0][gate], 4 * row, in.half_gates, gate * H);
+    }
+  });
+}
+
+// The same step on weights as they are, with the batch across the lanes and the rows of W as the
+// left-hand matrix of the product: for a batch that fills them.
+template <class T>
+void step_forward_across(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p0, int64_t p1) {
+  constexpr int VL = lanes<T>(), kMost = kAcrossVectors * VL;
+  int64_t parts = (n1 - n0 + kMost - 1) / kMost;
+  for (int64_t n = n0; parts > 0; --parts) {
+    const int64_t left = n1 - n, vectors = ((left + VL - 1) / VL + parts - 1) / parts;
+    with_int<kAcrossVectors>(vectors, [&](auto v) {
+      constexpr int V = decltype(v)::value;
+      across<T, V>(in, n, left < V * VL ? left : V * VL, p0, p1);
+    });
+    n += vectors * VL;
+  }
+}
+
 // ---- the step backward --------------------------------------------------------------------------
 
 // dz and dc of one vector of units of batch row n, from dh = dL/dh_t.
@@ -634,26 +760,6 @@ void step_backward(const StepBackward<T>& in, int64_t n0, int64_t n1, int64_t p0
   });
 }
 
-// ---- half precision -----------------------------------------------------------------------------
-
-template <class T>
-void widen(const void* from, Element element, int64_t count, T* to) {
-  with_type<T>(element, [&](auto type) {
-    const auto* const halves = static_cast<const typename decltype(type)::type*>(from);
-    for (int64_t k = 0; k < count; k += lanes<T>())
-      with_lanes<T>(count - k, [&](auto part) { part.put(to + k, part.get(halves + k)); });
-  });
-}
-
-template <class T>
-void narrow(const T* from, int64_t count, Element element, void* to) {
-  with_type<T>(element, [&](auto type) {
-    auto* const halves = static_cast<typename decltype(type)::type*>(to);
-    for (int64_t k = 0; k < count; k += lanes<T>())
-      with_lanes<T>(count - k, [&](auto part) { part.put(halves + k, part.get(from + k)); });
-  });
-}
-
 // ---- for tests and benchmarks -------------------------------------------------------------------
 
 template <class T>
@@ -711,6 +817,7 @@ constexpr Kernels<T> table() {
           512,
           96 * 512,
           [](int64_t, int64_t) { return int64_t(0); },
+          across_size<T>,
           pack_gates<T>,
           pack_rows<T>,
           pack_matrix<T>,
@@ -721,6 +828,7 @@ constexpr Kernels<T> table() {
           product<T>,
           step_forward<T>,
           step_forward_direct<T>,
+          step_forward_across<T>,
           step_backward<T>,
           widen<T>,
           narrow<T>,
