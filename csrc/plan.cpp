@@ -17,6 +17,7 @@ constexpr double kCellCycles = 100;        // gates, c and h of one vector of un
 constexpr int64_t kDirectSteps = 4;
 constexpr int64_t kDirectRowsForward = 32;
 constexpr int64_t kDirectRowsBackward = 128;
+constexpr int64_t kDirectRowsBf16 = 8;  // where there are tiles for them
 // Of those, the batch goes across the lanes from so many rows on, in vectors of them; then as many
 // rows (T * N) as its vectors side by side hold pay forward.
 constexpr double kAcrossBatch = 1.5;
@@ -94,28 +95,30 @@ bool direct(const Sizes& s, int64_t most_rows) {
   return s.steps <= kDirectSteps && s.batch <= most_rows / s.steps;
 }
 
+Use use_bf16(const Sizes& s) { return direct(s, kDirectRowsBf16) ? Use::any : Use::bf16; }
+
 bool across(const Sizes& s, const Machine& m) {
-  return m.tile_rows == 1 && double(s.batch) > kAcrossBatch * double(m.lanes) &&
+  return double(s.batch) > kAcrossBatch * double(m.lanes) &&
          direct(s, std::max(kDirectRowsForward, kAcrossRows * m.lanes));
 }
 
 bool direct_forward(const Sizes& s, const Machine& m) {
-  return direct(s, kDirectRowsForward) || across(s, m);
+  return m.tile_rows == 1 && (direct(s, kDirectRowsForward) || across(s, m));
 }
 
 }  // namespace
 
 Use use_forward(const Sizes& s, const Machine& m, bool in_bf16) {
-  if (in_bf16 ? direct(s, kDirectRowsForward) : direct_forward(s, m)) return Use::any;
-  if (in_bf16) return Use::bf16;
+  if (in_bf16) return use_bf16(s);
+  if (direct_forward(s, m)) return Use::any;
   const bool far = 24 * double(s.hidden) * double(s.output) > kFarTerms;
   const bool pays = s.hidden >= kTileUnitsForward && s.batch >= (far ? 2 : 1) * kTileBatch;
   return pays ? Use::floats_on_tiles : Use::any;
 }
 
 Use use_backward(const Sizes& s, bool in_bf16) {
+  if (in_bf16) return use_bf16(s);
   if (direct(s, kDirectRowsBackward)) return Use::any;
-  if (in_bf16) return Use::bf16;
   const bool pays = s.hidden >= kTileUnitsBackward && s.batch >= kTileBatch &&
                     double(s.batch) * double(s.hidden) >= kTileCells;
   return pays ? Use::floats_on_tiles : Use::any;
@@ -131,7 +134,7 @@ Use use_products_backward(const Sizes& s, bool in_bf16) {
 Plan plan_forward(const Sizes& s, const Machine& m, int threads) {
   Plan plan;
   plan.direct = direct_forward(s, m);
-  plan.across = across(s, m);
+  plan.across = plan.direct && across(s, m);
   const bool far = s.batch <= kFarBatch && s.steps >= kFarSteps &&
                    4 * m.element * double(s.hidden) * double(s.input) > double(kFarBytes);
   plan.input_in_step = plan.direct || s.input <= kInputInStep || (s.batch >= kBatchInStep && !far);
@@ -165,7 +168,7 @@ int layers_at_once(const Sizes& s, int64_t first_input, const Machine& m, int la
 
 Plan plan_backward(const Sizes& s, const Machine& m, const Machine& of_products, int threads) {
   Plan plan;
-  plan.direct = direct(s, kDirectRowsBackward);
+  plan.direct = m.tile_rows == 1 && direct(s, kDirectRowsBackward);
   const double gates = 4 * double(s.hidden);
   const double spread = double(s.batch) * gates * double(2 * s.input + s.output) *
                         of_products.cycles / double(4 * of_products.lanes);
