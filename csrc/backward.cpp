@@ -78,7 +78,8 @@ class BackwardPass {
     dh_place_ = workspace->reserve<T>(in.layer.w_hr ? plan.block * batch * output : 0);
     dc_place_ = workspace->reserve<T>(in.dc0 ? 0 : batch * hidden);
     // Where there are several blocks, slot `block` carries the dz of the step after the block.
-    dz_place_ = workspace->reserve<T>((plan.block + (plan.block < steps)) * batch * 4 * hidden);
+    const int64_t dz_steps = in.dz ? 0 : plan.block + (plan.block < steps);
+    dz_place_ = workspace->reserve<T>(dz_steps * batch * 4 * hidden);
     strips_place_ = workspace->reserve<T>(weights_ ? plan.threads() * strip_size_ : 0);
     // For dz, or dh, of as many rows as a product takes.
     scratch_size_ = std::max(step_kernels.scratch_size(plan.block * batch, 4 * hidden),
@@ -94,7 +95,7 @@ class BackwardPass {
     raw_ = workspace.at<T>(raw_place_);
     dh_ = workspace.at<T>(dh_place_);
     dc_ = workspace.at<T>(dc_place_);
-    dz_ = workspace.at<T>(dz_place_);
+    dz_ = in_.dz ? in_.dz : workspace.at<T>(dz_place_);
     strips_ = workspace.at<T>(strips_place_);
     scratch_ = workspace.at<T>(scratch_place_);
   }
@@ -133,7 +134,8 @@ class BackwardPass {
     const int64_t j0 = std::min(p0 * step_shape_.width, hidden);
     const int64_t j1 = std::min(p1 * step_shape_.width, hidden);
 
-    for (int64_t n = n0; n < n1; ++n) {
+    const bool has_dz = !in.gates && !in.half_gates;
+    for (int64_t n = n0; n < n1 && !has_dz; ++n) {
       T* to = dc.at(0, n);
       for (int64_t j = j0; j < j1; ++j) to[j] = in.grad_c ? in.grad_c[n * hidden + j] : 0;
     }
@@ -175,7 +177,7 @@ class BackwardPass {
       const int64_t rows = active.total(s0, s1);
       const bool last = s1 == steps;
       int64_t row = rows;  // of dz, where step s begins
-      for (int64_t s = s1 - 1; s >= s0; --s) {
+      for (int64_t s = s1 - 1; s >= s0 && !has_dz; --s) {
         const int64_t later = s == s1 - 1 ? carried : row;
         row -= active.at(s);
         StepBackward<T> step;

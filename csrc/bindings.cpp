@@ -166,8 +166,8 @@ void run_forward(Array x, Array h0, Array c0, Arrays weights, Array y, Array h_n
 
 void run_backward(Array x, Array h0, Array c0, const Arrays& weights, Array y, Array gates,
                   Array cells, Array raw, Array grad_y, Array grad_h, Array grad_c, Array dx,
-                  Arrays dweights, Array dh0, Array dc0, const std::vector<int64_t>& batch_sizes,
-                  bool reverse, int threads) {
+                  Arrays dweights, Array dh0, Array dc0, const Array& dz,
+                  const std::vector<int64_t>& batch_sizes, bool reverse, int threads) {
   py::gil_scoped_release release;
   const int directions = gates.dims > 2 ? int(gates.shape[0]) : 1;  // none of a cell
   prefer_huge_pages(dx.data, dx.bytes());
@@ -179,7 +179,7 @@ void run_backward(Array x, Array h0, Array c0, const Arrays& weights, Array y, A
   for (Array* array : {&dx, &dh0, &dc0}) floats.output(array);
   for (Array& array : dweights) floats.output(&array);
   floats.read();
-  with_type(cells.itemsize, [&](auto* type) {
+  with_type(x.itemsize, [&](auto* type) {
     using E = std::remove_pointer_t<decltype(type)>;
     const Shape shape(x, weights, batch_sizes);
     const auto [T, N, D, H, P] = shape.sizes;
@@ -208,7 +208,8 @@ void run_backward(Array x, Array h0, Array c0, const Arrays& weights, Array y, A
                    biases && dw.b_ih->data ? start<E>(dw.b_ih) : start<E>(dw.b_hh),
                    start<E>(dw.hr),
                    at<E>(dh0, d * N * P),
-                   at<E>(dc0, d * N * H)};
+                   at<E>(dc0, d * N * H),
+                   at<E>(dz, 0)};
     }
     backward(passes, directions, threads);
     // Both biases have the same gradient.
@@ -453,18 +454,20 @@ py::tuple run_layer(py::handle x, const Array& h0, const Array& c0, Arrays weigh
 }
 
 // The gradients of x, h0, c0 and the weights that are `needed`, None for the others, from what
-// run_layer was given and returned. `dx` is memory for that of x, or None for new memory.
+// run_layer was given and returned; then, with `keep_dz`, that of the pre-activations of a single
+// step, for weight_gradients(). `dx` is memory for that of x, or None for new memory.
 py::tuple run_layer_backward(py::handle x, py::handle h0, py::handle c0, const py::list& weights,
                              Array y, Array gates, Array cells, Array raw, Array grad_y,
                              Array grad_h, Array grad_c, py::handle dx,
-                             const std::vector<bool>& needed,
+                             const std::vector<bool>& needed, bool keep_dz,
                              const std::vector<int64_t>& batch_sizes, int threads) {
   std::vector<py::handle> given = {x, h0, c0};
   given.insert(given.end(), weights.begin(), weights.end());
   constexpr const char* kNames[] = {"x", "h0", "c0", "weights"};
   const size_t count = given.size();
-  py::tuple found(count);
+  py::tuple found(count + keep_dz);
   Arrays inputs(count), grads(count);
+  Array dz;
   for (size_t k = 0; k < count; ++k) {
     inputs[k] = array_of(given[k], kNames[std::min<size_t>(k, 3)]);
     found[k] = py::none();
@@ -478,9 +481,34 @@ py::tuple run_layer_backward(py::handle x, py::handle h0, py::handle c0, const p
                             &grads[k], k >= 3);
     }
   }
+  if (keep_dz) {
+    const int64_t N = inputs[0].shape[inputs[0].dims - 2];
+    found[count] = new_tensor(x, inputs[0].itemsize, {N, inputs[3].shape[0]}, &dz, true);
+  }
   run_backward(inputs[0], inputs[1], inputs[2], {inputs.begin() + 3, inputs.end()}, y, gates, cells,
                raw, grad_y, grad_h, grad_c, grads[0], {grads.begin() + 3, grads.end()}, grads[1],
-               grads[2], batch_sizes, false, threads);
+               grads[2], dz, batch_sizes, false, threads);
+  return found;
+}
+
+// The gradients of the weights that are `needed`, None for the others, of steps without a
+// projection: x (rows, D), h (rows, H) and dz (rows, 4H) of all their rows.
+py::list weight_gradients(const Array& x, const Array& h, const Array& dz, const py::list& weights,
+                          const std::vector<bool>& needed, int threads) {
+  py::list found;
+  Arrays inputs, grads(weights.size());
+  for (size_t k = 0; k < weights.size(); ++k) {
+    const py::handle weight = weights[k];
+    const Array& given = inputs.emplace_back(array_of(weight, "weights"));
+    if (needed[k])
+      found.append(new_tensor(weight, given.itemsize,
+                              {given.shape[0], given.dims == 2 ? given.shape[1] : -1}, &grads[k],
+                              true));
+    else
+      found.append(py::none());
+  }
+  run_backward(x, h, {}, inputs, {}, {}, {}, {}, {}, {}, {}, {}, grads, {}, {}, dz, {}, false,
+               threads);
   return found;
 }
 
@@ -573,6 +601,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("infer", &infer);
   m.def("run_layer", &run_layer);
   m.def("run_layer_backward", &run_layer_backward);
+  m.def("weight_gradients", &weight_gradients);
   m.def("use_torch", &use_torch);
   py::class_<Block>(m, "_Block", py::buffer_protocol()).def_buffer([](const Block& block) {
     return py::buffer_info(static_cast<uint8_t*>(block.data()), block.size());

@@ -132,6 +132,9 @@ struct Backward {
   T* dw_hr;                   // (P, H) or null
   T* dh0;                     // (N, P) or null
   T* dc0;                     // (N, H) or null
+  T* dz;                      // (N, 4H) of a single step: dL/dz_t is left there. Where gates and
+                              // half_gates are null it is read, and of the gradients only those of
+                              // the weights follow. Or null.
 };
 
 // threads >= 1 is the most that may be used. Throw std::bad_alloc and nothing else.

@@ -64,7 +64,7 @@ class Problem:
         x, h0, y, raw, *weights = map(as_given, (self.x, self.h0, y, raw, *self.weights))
         _core.backward(
             x, h0, self.c0, weights, y, kept[3], kept[4], raw, *self.grads, dx, dweights, dh0, dc0,
-            self.batch_sizes, self.reverse, threads,
+            None, self.batch_sizes, self.reverse, threads,
         )  # fmt: skip
         return [dx, dh0, dc0, *dweights]
 
@@ -189,7 +189,7 @@ def gradient_of_c(grad_c, forget, out):
     kept = gates, torch.zeros(1, H), torch.zeros(1, H)
     states, grads = (torch.zeros(1, 1), torch.zeros(1, H)), (None, None, grad_c[None])
     results = None, [None] * 3, None, out[None]
-    _core.backward(x, *states, weights, None, *kept, *grads, *results, (), False, 1)
+    _core.backward(x, *states, weights, None, *kept, *grads, *results, None, (), False, 1)
     return out
 
 
@@ -259,7 +259,7 @@ def test_arrays_in_half_precision(isa, sizes, half, threads):
         y, _, _, gates, *cells = kept
         kept = *to(given, y), gates, *to(given, *cells)
         inputs = *to(given, x, h0, c0), to(given, *weights)
-        _core.backward(*inputs, *kept, *to(given, *grads), dx, dweights, dh0, dc0, *last)
+        _core.backward(*inputs, *kept, *to(given, *grads), dx, dweights, dh0, dc0, None, *last)
         return results
 
     kept = forward(half, torch.float32)

@@ -43,6 +43,7 @@ def backward(
     dweights: Sequence[_Array],
     dh0: _Array,
     dc0: _Array,
+    dz: _Array,
     batch_sizes: Sequence[int],
     reverse: bool,
     threads: int,
@@ -90,10 +91,20 @@ def run_layer_backward(
     grad_c: _Array,
     dx: _Array,
     needed: Sequence[bool],
+    keep_dz: bool,
     batch_sizes: Sequence[int],
     threads: int,
     /,
 ) -> tuple[Any, ...]: ...
+def weight_gradients(
+    x: _Array,
+    h: _Array,
+    dz: _Array,
+    weights: list[_Array],
+    needed: Sequence[bool],
+    threads: int,
+    /,
+) -> list[Any]: ...
 def block(size: int, /) -> memoryview: ...
 
 LARGE: int

@@ -128,6 +128,7 @@ def run_backward(
         dweights,
         dh0,
         dc0,
+        None,
         (),
         tape._reverse,
         get_num_threads(),

@@ -5,16 +5,16 @@ Every tensor that comes here is one of `_core.fits`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import prod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import _SingleLevelFunction
 from torch.nn import Parameter
 
-from . import _composite, _core
+from . import _composite, _core, _steps
+from ._steps import Node, Steps
 
 Grads = tuple[Tensor | None, ...]
 Kept = tuple[Tensor | None, Tensor | None, Tensor | None]  # gates, cells, h before projection
@@ -109,12 +109,13 @@ def on_kernels(
     kept: Kept,
     grads: Grads,
     needed: Sequence[bool],
+    steps: Steps | None,
 ) -> Grads | None:
     """Return what :func:`run_backward` does, or None where the kernels cannot."""
     if observed() or torch._C._len_torch_dispatch_stack() > 0:
         return None
     try:
-        return run_backward(layer, inputs, y, kept, grads, needed)
+        return run_backward(layer, inputs, y, kept, grads, needed, steps)
     except (TypeError, RuntimeError):
         if batched(grads):
             return None
@@ -127,17 +128,7 @@ def batched(grads: Sequence[Tensor | None]) -> bool:
     return any(legacy(grad) for grad in grads if grad is not None)
 
 
-class _Node(_SingleLevelFunction):
-    """torch.autograd.Function but for its `apply`, which first looks for transforms of torch.func.
-
-    Those never come here.
-    """
-
-    apply: ClassVar[Callable[..., Any]]  # of the C++ class below
-    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
-
-
-class Layer(_Node):
+class Layer(Node):
     """One layer, in one or both directions, as a node of the autograd graph."""
 
     @staticmethod
@@ -160,9 +151,15 @@ class Layer(_Node):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Grads:
+        return Layer.gradients(ctx, ctx.needs_input_grad, grads)
+
+    @staticmethod
+    def gradients(
+        ctx: Any, needed: Sequence[bool], grads: Grads, steps: Steps | None = None
+    ) -> Grads:
         y, gates, cells, raw, *inputs = ctx.saved_tensors
-        needed = ctx.needs_input_grad[2:]
-        found = on_kernels(ctx.layer, inputs, y, (gates, cells, raw), grads, needed)
+        needed = needed[2:]
+        found = on_kernels(ctx.layer, inputs, y, (gates, cells, raw), grads, needed, steps)
         if found is None:
             found = _composite.backward(ctx.layer, inputs, grads, needed)
         return None, None, *found
@@ -175,12 +172,14 @@ def run_backward(
     kept: Kept,
     grads: Grads,
     needed: Sequence[bool],
+    steps: Steps | None = None,
 ) -> Grads:
     """Return the gradients of x, h0, c0 and the weights, None for those not needed.
 
     `layer` are its directions and batch sizes, `inputs` those tensors, `y` and `kept` what
     :func:`run_forward` returned, `grads` the gradients of y, h_n and c_n; None is zeros. For a step
-    `layer`, y and its gradient are None, and no tensor has a dimension of time or directions.
+    `layer`, y and its gradient are None, and no tensor has a dimension of time or directions. Those
+    of the weights are left to `steps` if given.
     """
     x, h0, c0, *weights = inputs
     if layer and x.is_cuda:
@@ -194,6 +193,8 @@ def run_backward(
     if directions == 2 and needed[0]:
         dtype = None if x.dtype == torch.float64 else torch.float32
         both = x.new_empty(2, *x.shape, dtype=dtype)
+    if steps:
+        needed = [*needed[:3], *[False] * len(weights)]
     dx, *others = _core.run_layer_backward(
         x,
         h0,
@@ -206,9 +207,13 @@ def run_backward(
         None if grad_c is None else grad_c.contiguous(),
         both,
         needed,
+        steps is not None,
         batch_sizes,
         torch.get_num_threads(),
     )
+    if steps:
+        dz = others.pop()
+        steps.leave(*((x[0], h0 if h0 is None else h0[0]) if layer else (x, h0)), dz)
     if both is not None:
         dx = both[0].add_(both[1]).to(x.dtype)
     return (dx, *others)
@@ -231,19 +236,22 @@ def run_layer(
     """Run a layer, with a node of the autograd graph where one is wanted: y, h_n, c_n."""
     if wants_grad(x, h0, c0, weights):
         result: tuple[Tensor, Tensor, Tensor]
-        result = Layer.apply(directions, batch_sizes, x, h0, c0, *weights)
+        if x.shape[0] == directions == 1 and len(weights) < 5 and not (batch_sizes or x.is_cuda):
+            result = _steps.apply(Layer, (1, (), x, h0, c0), weights)
+        else:
+            result = Layer.apply(directions, batch_sizes, x, h0, c0, *weights)
         return result
     return run_forward(x, h0, c0, weights, directions, batch_sizes, keep=False)[:3]
 
 
-class Step(_Node):
+class Step(Node):
     """One step of a cell as a node of the autograd graph: x (N, D), h0 and c0 (N, H) or None."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        h, c, gates, cells = run_step(x, h0, c0, list(weights), keep=True)
+        h, c, gates, cells = new_step(x, h0, c0, list(weights), keep=True)
         # Not c itself, which the caller may change in place.
         ctx.save_for_backward(gates, cells, x, h0, c0, *weights)
         ctx.set_materialize_grads(False)
@@ -251,17 +259,32 @@ class Step(_Node):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Grads:
+        return Step.gradients(ctx, ctx.needs_input_grad, grads)
+
+    @staticmethod
+    def gradients(
+        ctx: Any, needed: Sequence[bool], grads: Grads, steps: Steps | None = None
+    ) -> Grads:
         gates, cells, *inputs = ctx.saved_tensors
-        needed = ctx.needs_input_grad
         kept = gates, cells, None
-        found = on_kernels(None, inputs, None, kept, (None, *grads), needed)
+        found = on_kernels(None, inputs, None, kept, (None, *grads), needed, steps)
         return _composite.step_backward(inputs, grads, needed) if found is None else found
 
 
-def run_step(
+def new_step(
     x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], keep: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Run one step of a cell on x (N, D): h and c (N, H) and, with `keep`, gates and cells."""
     threads = torch.get_num_threads()
     h, _, c, gates, cells, _ = _core.run_layer(x, h0, c0, weights, 1, (), keep, threads)
     return h, c, gates, cells
+
+
+def run_step(
+    x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Run one step of a cell, with a node of the autograd graph where one is wanted: h and c."""
+    if wants_grad(x, h0, c0, weights):
+        result: tuple[Tensor, Tensor] = _steps.apply(Step, (x, h0, c0), weights)
+        return result
+    return new_step(x, h0, c0, weights, keep=False)[:2]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _core, _cuda_layer, _dynamo, _ops, _tensors, _transforms
-from ._torch import Step, run_layer, run_step, wants_grad
+from ._torch import run_layer, run_step
 
 __all__ = ["LSTM", "LSTMCell", "convert", "explain", "revert"]
 
@@ -366,12 +366,7 @@ class LSTMCell(torch.nn.LSTMCell):
         if not batched:
             input = input.unsqueeze(0)
             h0, c0 = (None if state is None else state.unsqueeze(0) for state in (h0, c0))
-        if not readable:
-            h, c = _transforms.run_step(input, h0, c0, weights)
-        elif wants_grad(input, h0, c0, weights):
-            h, c = Step.apply(input, h0, c0, *weights)
-        else:
-            h, c, *_ = run_step(input, h0, c0, weights, keep=False)
+        h, c = (run_step if readable else _transforms.run_step)(input, h0, c0, weights)
         if not batched:
             h, c = h.squeeze(0), c.squeeze(0)
         return h, c
