@@ -491,23 +491,22 @@ py::tuple run_layer_backward(py::handle x, py::handle h0, py::handle c0, const p
   return found;
 }
 
-// The gradients of the weights that are `needed`, None for the others, of steps without a
-// projection: x (rows, D), h (rows, H) and dz (rows, 4H) of all their rows.
-py::list weight_gradients(const Array& x, const Array& h, const Array& dz, const py::list& weights,
+// The gradients of the weights of steps without a projection, two or four, that are `needed`, None
+// for the others: from x (rows, D), h before the step (rows, H) and dz (rows, 4H) of all their
+// rows.
+py::list weight_gradients(const Array& x, const Array& h, py::handle dz,
                           const std::vector<bool>& needed, int threads) {
+  const Array z = array_of(dz, "dz");
+  const int64_t columns[] = {x.shape[1], h.shape[1], -1, -1};
   py::list found;
-  Arrays inputs, grads(weights.size());
-  for (size_t k = 0; k < weights.size(); ++k) {
-    const py::handle weight = weights[k];
-    const Array& given = inputs.emplace_back(array_of(weight, "weights"));
-    if (needed[k])
-      found.append(new_tensor(weight, given.itemsize,
-                              {given.shape[0], given.dims == 2 ? given.shape[1] : -1}, &grads[k],
-                              true));
-    else
-      found.append(py::none());
+  Arrays weights(needed.size()), grads(needed.size());
+  for (size_t k = 0; k < needed.size(); ++k) {
+    weights[k].shape[0] = z.shape[1];
+    weights[k].shape[1] = columns[k];
+    found.append(needed[k] ? new_tensor(dz, z.itemsize, {z.shape[1], columns[k]}, &grads[k], true)
+                           : py::none());
   }
-  run_backward(x, h, {}, inputs, {}, {}, {}, {}, {}, {}, {}, {}, grads, {}, {}, dz, {}, false,
+  run_backward(x, h, {}, weights, {}, {}, {}, {}, {}, {}, {}, {}, grads, {}, {}, z, {}, false,
                threads);
   return found;
 }

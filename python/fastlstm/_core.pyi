@@ -100,7 +100,6 @@ def weight_gradients(
     x: _Array,
     h: _Array,
     dz: _Array,
-    weights: list[_Array],
     needed: Sequence[bool],
     threads: int,
     /,

@@ -9,7 +9,6 @@ own; torch runs that node after them, and it multiplies those of many steps at o
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -48,7 +47,7 @@ class Steps:
     """What steps with these weights, of which `needed` need gradients, have left to their node."""
 
     def __init__(self, weights: Sequence[Tensor], needed: Sequence[bool]) -> None:
-        self.weights = [weight.detach() for weight in weights]
+        self.weights = weights
         self.needed = needed
         self._left: dict[int, _Left] = {}  # for each backward pass that runs
 
@@ -78,7 +77,7 @@ class Steps:
     def _multiply(self, left: _Left) -> None:
         x, h, dz = map(torch.cat, zip(*left.factors, strict=True))
         threads = torch.get_num_threads()
-        found = _core.weight_gradients(x, h, dz, self.weights, self.needed, threads)
+        found = _core.weight_gradients(x, h, dz, self.needed, threads)
         left.factors, left.rows = [], 0
         left.total = found if left.total is None else _sums(left.total, found)
 
@@ -101,7 +100,7 @@ class Weights(Node):
 
     @staticmethod
     def forward(ctx: Any, graph: Graph, *weights: Tensor) -> Tensor:
-        graph.weights = ctx
+        graph.node = ctx
         ctx.steps = Steps(weights, ctx.needs_input_grad[1:])
         ctx.set_materialize_grads(False)
         return weights[0].new_empty(0)
@@ -116,15 +115,19 @@ class Weights(Node):
 class Graph:
     """What steps share that leave the gradients of their weights to one node."""
 
-    weights: Any  # the node; it does not keep this object in turn
+    node: Any  # Weights; it does not keep this object in turn
 
     def __init__(self, step: Any, weights: Sequence[Tensor]) -> None:
-        self.step, self.key = step, _key(step, weights)
+        self.step, self.weights = step, tuple(weights)
         self.link: Tensor = Weights.apply(self, *weights)
 
-
-def _key(step: Any, weights: Sequence[Tensor]) -> object:
-    return step, [(id(w), w._version, w.data_ptr(), w.requires_grad) for w in weights]
+    def serves(self, step: Any, weights: Sequence[Tensor]) -> bool:
+        """Return whether these are the weights of such a step here."""
+        needed = self.node.steps.needed
+        return self.step is step and all(
+            a is b and b.requires_grad is need
+            for a, b, need in zip(self.weights, weights, needed, strict=True)
+        )
 
 
 class Shared(Node):
@@ -138,40 +141,54 @@ class Shared(Node):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         graph, needed = ctx.graph, ctx.needs_input_grad[2:]
-        if _compiled() or not torch._C._will_engine_execute_node(graph.weights):
+        if _compiled() or not torch._C._will_engine_execute_node(graph.node):
             link = graph.link.new_zeros(0)
             return None, link, *graph.step.gradients(ctx, needed, grads)
-        return None, None, *graph.step.gradients(ctx, needed, grads, graph.weights.steps)
+        return None, None, *graph.step.gradients(ctx, needed, grads, graph.node.steps)
 
 
-class _Last(NamedTuple):
-    node: weakref.ref[Any]
-    version: int  # of W_hh
-    steps: int  # of its graph, with these weights
+class _Place(NamedTuple):
+    """What the node of a step has as `place`."""
+
+    weight: Tensor  # W_hh
+    steps: int  # up to this one
+    graph: Graph | None
 
 
-# The last step with a W_hh, by the id of that.
-_last: dict[int, _Last] = {}
-_MOST = 10000
+_FAR = 4  # a state that is masked, joined and cut is so many nodes away from its step
+
+
+def _before(state: Tensor | None, weight: Tensor) -> _Place | None:
+    """Return the place of the step with this W_hh that a state comes from."""
+    nodes = [] if state is None else [state.grad_fn]
+    for _ in range(_FAR):
+        for node in nodes:
+            place: _Place | None = getattr(node, "place", None)
+            if place and place.weight is weight:
+                return place
+        nodes = [after for node in nodes if node is not None for after, _ in node.next_functions]
+    return None
 
 
 def apply(step: Any, args: tuple[Any, ...], weights: Sequence[Tensor]) -> Any:
-    """Apply `step`, the node Layer or Step of _torch.py, or that node as one that is shared."""
+    """Apply `step`, the node Layer or Step of _torch.py, or Shared in its place.
+
+    `args` end with x, h0 and c0. That h0 comes from a step before is what makes a loop: of steps in
+    other graphs, the node of the weights would be an older one, which torch runs too late for those
+    who wait for the gradients of a module, like FSDP.
+    """
     w_ih, w_hh, *_ = weights
     size = w_ih.nbytes + w_hh.nbytes
-    if size < _LEAST or w_hh.itemsize < 4 or w_hh.is_inference():
+    if size < _LEAST or w_hh.itemsize < 4:
         return step.apply(*args, *weights)
-    before, version = _last.get(id(w_hh)), w_hh._version
-    node = before.node() if before and before.version == version else None
-    steps = before.steps if before and node else 0
+    before = _before(args[-2], w_hh)
+    steps, graph = (before.steps, before.graph) if before else (0, None)
     if steps * size < _WORTH or not any(weight.requires_grad for weight in weights):
+        graph = None
         result = step.apply(*args, *weights)
     else:
-        graph = getattr(node, "graph", None)
-        if graph is None or graph.key != _key(step, weights):
+        if not (graph and graph.serves(step, weights)):
             graph = Graph(step, weights)
         result = Shared.apply(graph, graph.link, *args, *weights)
-    if len(_last) > _MOST:  # of weights that may be gone
-        _last.clear()
-    _last[id(w_hh)] = _Last(weakref.ref(result[0].grad_fn), version, steps + 1)
+    result[0].grad_fn.place = _Place(w_hh, steps + 1, graph)
     return result
