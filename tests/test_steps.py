@@ -242,6 +242,19 @@ def test_weights_that_change_on_the_way(cell, layers):
         changing(in_place)
 
 
+def test_a_weight_that_is_replaced_on_the_way():
+    ours, theirs = twins(True)
+    x, state = inputs(ours)
+    found = []
+    for module in (ours, theirs):
+        first = module.weight_ih
+        _, middle = steps(module, x[:4], state)
+        module.weight_ih = torch.nn.Parameter(first.detach() + 0.1)
+        steps(module, x[4:], middle)[0].square().sum().backward()
+        found.append([first.grad, *(parameter.grad for parameter in module.parameters())])
+    assert_close(*found, scale=STEPS)
+
+
 def test_a_cell_and_a_layer_of_the_same_weights():
     found = []
     for cell, layer in zip(twins(True), twins(False), strict=True):
