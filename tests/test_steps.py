@@ -255,6 +255,19 @@ def test_a_weight_that_is_replaced_on_the_way():
     assert_close(*found, scale=STEPS)
 
 
+def test_one_weight_of_two_cells():
+    """One of which has no bias: each has a node of its own."""
+    found = []
+    for one, two in zip(twins(True), twins(True, bias=False), strict=True):
+        two.weight_ih, two.weight_hh = one.weight_ih, one.weight_hh
+        x, state = inputs(one, 14)
+        for k, x_t in enumerate(x):
+            state = (one, two)[k // 3 % 2](x_t, state)
+        state[0].square().sum().backward()
+        found.append([parameter.grad for parameter in one.parameters()])
+    assert_close(*found, scale=2 * STEPS)
+
+
 def test_a_cell_and_a_layer_of_the_same_weights():
     found = []
     for cell, layer in zip(twins(True), twins(False), strict=True):
@@ -379,6 +392,23 @@ def test_an_error_on_the_way_leaves_nothing_behind():
     steps(theirs, x, state)[0].sum().backward()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert_close(a.grad, b.grad, scale=STEPS)
+
+
+def test_an_input_that_changes_between_its_step_and_the_product():
+    ours, _ = twins(True)
+    x, state = inputs(ours)
+    x = [x_t.clone() for x_t in x]
+    last = None
+    for x_t in x:
+        last = ours(x_t, last or state)
+        if x_t is x[3]:
+
+            def change(grad):
+                x[5].add_(1)
+
+            last[0].register_hook(change)  # when the steps after it have left their factors
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        last[0].sum().backward()
 
 
 def test_copies_and_files_of_a_module_amid_a_loop():

@@ -39,6 +39,7 @@ class _Left:
 
     def __init__(self) -> None:
         self.factors: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.versions: list[tuple[int, int]] = []  # of x and h
         self.rows = 0
         self.total: list[Any] | None = None
 
@@ -60,6 +61,7 @@ class Steps:
         if left is None:
             left = self._left[task] = _Left()
         left.factors.append((x, h, dz))
+        left.versions.append((x._version, h._version))
         left.rows += x.shape[0]
         if left.rows >= _ROWS:
             self._multiply(left)
@@ -75,10 +77,15 @@ class Steps:
         return left.total
 
     def _multiply(self, left: _Left) -> None:
+        if left.versions != [(x._version, h._version) for x, h, _ in left.factors]:
+            raise RuntimeError(
+                "input or hx: expected as it was when backward() came to its step, but it has been "
+                "modified by an inplace operation since"
+            )
         x, h, dz = map(torch.cat, zip(*left.factors, strict=True))
         threads = torch.get_num_threads()
         found = _core.weight_gradients(x, h, dz, self.needed, threads)
-        left.factors, left.rows = [], 0
+        left.factors, left.versions, left.rows = [], [], 0
         left.total = found if left.total is None else _sums(left.total, found)
 
 
@@ -123,11 +130,10 @@ class Graph:
 
     def serves(self, step: Any, weights: Sequence[Tensor]) -> bool:
         """Return whether these are the weights of such a step here."""
-        needed = self.node.steps.needed
-        return self.step is step and all(
-            a is b and b.requires_grad is need
-            for a, b, need in zip(self.weights, weights, needed, strict=True)
-        )
+        if self.step is not step or len(self.weights) != len(weights):
+            return False
+        triples = zip(self.weights, weights, self.node.steps.needed, strict=True)
+        return all(a is b and b.requires_grad is need for a, b, need in triples)
 
 
 class Shared(Node):
