@@ -240,7 +240,8 @@ def stacked(plan: Plan) -> list[Row]:
 
 # cell: steps of an LSTMCell in a Python loop
 
-CELLS = [Case("cell", 100, *sizes) for sizes in ((1, 64, 64), (32, 64, 128), (32, 256, 256))]
+CELL_SIZES = (1, 64, 64), (1, 256, 256), (32, 64, 128), (32, 256, 256)
+CELLS = [Case("cell", 100, *sizes) for sizes in CELL_SIZES]
 
 
 def cell_loop(name: str, problem: Problem, training: bool) -> Prepared:
