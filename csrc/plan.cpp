@@ -18,10 +18,10 @@ constexpr int64_t kDirectSteps = 4;
 constexpr int64_t kDirectRowsForward = 32;
 constexpr int64_t kDirectRowsBackward = 128;
 constexpr int64_t kDirectRowsBf16 = 8;  // where there are tiles for them
-// Of those, the batch goes across the lanes from so many rows on, in vectors of them; then as many
-// rows (T * N) as its vectors side by side hold pay forward.
+// Forward, a batch of more rows than these vectors of them goes across the lanes; then as many rows
+// (T * N) pay as four vectors side by side hold.
 constexpr double kAcrossBatch = 1.5;
-constexpr int64_t kAcrossRows = kPanelVectors;
+constexpr int64_t kAcrossVectors = 4;
 // The input product belongs in the step, unless so few batch rows share the weights that many times
 // at once use them better, and the input is not short either.
 constexpr int64_t kBatchInStep = 4;
@@ -99,7 +99,7 @@ Use use_bf16(const Sizes& s) { return direct(s, kDirectRowsBf16) ? Use::any : Us
 
 bool across(const Sizes& s, const Machine& m) {
   return double(s.batch) > kAcrossBatch * double(m.lanes) &&
-         direct(s, std::max(kDirectRowsForward, kAcrossRows * m.lanes));
+         direct(s, std::max(kDirectRowsForward, kAcrossVectors * m.lanes));
 }
 
 bool direct_forward(const Sizes& s, const Machine& m) {
