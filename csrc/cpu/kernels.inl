@@ -639,7 +639,7 @@ void across(const StepForward<T>& in, int64_t n, int64_t count, int64_t p0, int6
         const T* a[M];
         for (int m = 0; m < M; ++m)
           a[m] = full_row(w, row_of(m / R, u + m % R), depth, buffer + m * depth);
-        // Four times in turn, the next rows of one gate.
+        // In four turns, about the next rows of one gate each.
         const int64_t later = row_of(int(u / R % 4), (u / M + 1) * M);
         multiply<T, M, V>(a, depth, b, row, w.full() + later * depth, z);
       };

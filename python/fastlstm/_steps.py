@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ class _Left:
 
     def __init__(self) -> None:
         self.factors: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.versions: list[tuple[int, int]] = []  # of x and h
+        self.versions: list[list[int]] = []  # of x and h
         self.rows = 0
         self.total: list[Any] | None = None
 
@@ -61,7 +62,7 @@ class Steps:
         if left is None:
             left = self._left[task] = _Left()
         left.factors.append((x, h, dz))
-        left.versions.append((x._version, h._version))
+        left.versions.append(_versions(x, h))
         left.rows += x.shape[0]
         if left.rows >= _ROWS:
             self._multiply(left)
@@ -77,7 +78,7 @@ class Steps:
         return left.total
 
     def _multiply(self, left: _Left) -> None:
-        if left.versions != [(x._version, h._version) for x, h, _ in left.factors]:
+        if left.versions != [_versions(x, h) for x, h, _ in left.factors]:
             raise RuntimeError(
                 "input or hx: expected as it was when backward() came to its step, but it has been "
                 "modified by an inplace operation since"
@@ -87,6 +88,10 @@ class Steps:
         found = _core.weight_gradients(x, h, dz, self.needed, threads)
         left.factors, left.versions, left.rows = [], [], 0
         left.total = found if left.total is None else _sums(left.total, found)
+
+
+def _versions(*tensors: Tensor) -> list[int]:
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _sums(these: Sequence[Any], those: Sequence[Any]) -> list[Any]:
@@ -126,14 +131,18 @@ class Graph:
 
     def __init__(self, step: Any, weights: Sequence[Tensor]) -> None:
         self.step, self.weights = step, tuple(weights)
+        self.sources = [weight.grad_fn for weight in weights]
         self.link: Tensor = Weights.apply(self, *weights)
 
     def serves(self, step: Any, weights: Sequence[Tensor]) -> bool:
         """Return whether these are the weights of such a step here."""
         if self.step is not step or len(self.weights) != len(weights):
             return False
-        triples = zip(self.weights, weights, self.node.steps.needed, strict=True)
-        return all(a is b and b.requires_grad is need for a, b, need in triples)
+        same = zip(self.weights, self.sources, self.node.steps.needed, weights, strict=True)
+        return all(
+            weight is own and weight.grad_fn is source and weight.requires_grad is need
+            for own, source, need, weight in same
+        )
 
 
 class Shared(Node):
@@ -154,7 +163,7 @@ class Shared(Node):
 
 
 class _Place(NamedTuple):
-    """What the node of a step has as `place`."""
+    """What the node of a step has as `_fastlstm_place`."""
 
     weight: Tensor  # W_hh
     steps: int  # up to this one
@@ -162,6 +171,7 @@ class _Place(NamedTuple):
 
 
 _FAR = 4  # a state that is masked, joined and cut is so many nodes away from its step
+_MOST = 32  # nodes of a wide graph that are looked at
 
 
 def _before(state: Tensor | None, weight: Tensor) -> _Place | None:
@@ -169,10 +179,11 @@ def _before(state: Tensor | None, weight: Tensor) -> _Place | None:
     nodes = [] if state is None else [state.grad_fn]
     for _ in range(_FAR):
         for node in nodes:
-            place: _Place | None = getattr(node, "place", None)
+            place: _Place | None = getattr(node, "_fastlstm_place", None)
             if place and place.weight is weight:
                 return place
-        nodes = [after for node in nodes if node is not None for after, _ in node.next_functions]
+        found = (after for node in nodes if node is not None for after, _ in node.next_functions)
+        nodes = list(islice(found, _MOST))
     return None
 
 
@@ -196,5 +207,5 @@ def apply(step: Any, args: tuple[Any, ...], weights: Sequence[Tensor]) -> Any:
         if not (graph and graph.serves(step, weights)):
             graph = Graph(step, weights)
         result = Shared.apply(graph, graph.link, *args, *weights)
-    result[0].grad_fn.place = _Place(w_hh, steps + 1, graph)
+    result[0].grad_fn._fastlstm_place = _Place(w_hh, steps + 1, graph)
     return result

@@ -236,7 +236,8 @@ def run_layer(
     """Run a layer, with a node of the autograd graph where one is wanted: y, h_n, c_n."""
     if wants_grad(x, h0, c0, weights):
         result: tuple[Tensor, Tensor, Tensor]
-        if x.shape[0] == directions == 1 and len(weights) < 5 and not (batch_sizes or x.is_cuda):
+        step = x.shape[0] == directions == 1 and not (batch_sizes or x.is_cuda)
+        if step and len(weights) % 2 == 0:  # without a projection
             result = _steps.apply(Layer, (1, (), x, h0, c0), weights)
         else:
             result = Layer.apply(directions, batch_sizes, x, h0, c0, *weights)
