@@ -87,16 +87,14 @@ class Steps:
         threads = torch.get_num_threads()
         found = _core.weight_gradients(x, h, dz, self.needed, threads)
         left.factors, left.versions, left.rows = [], [], 0
-        left.total = found if left.total is None else _sums(left.total, found)
+        if left.total is not None:
+            pairs = zip(left.total, found, strict=True)
+            found = [None if part is None else total + part for total, part in pairs]
+        left.total = found
 
 
 def _versions(*tensors: Tensor) -> list[int]:
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-
-
-def _sums(these: Sequence[Any], those: Sequence[Any]) -> list[Any]:
-    pairs = zip(these, those, strict=True)
-    return [a if b is None else b if a is None else a + b for a, b in pairs]
 
 
 def _compiled() -> bool:
