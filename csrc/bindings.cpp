@@ -453,23 +453,100 @@ py::tuple run_layer(py::handle x, const Array& h0, const Array& c0, Arrays weigh
   return found;
 }
 
+std::string described(const Array& array) {
+  std::string text = array.itemsize == 8   ? "float64"
+                     : array.itemsize == 4 ? "float32"
+                     : array.brain         ? "bfloat16"
+                                           : "float16";
+  for (int d = 0; d < array.dims; ++d) text += (d ? ", " : " (") + std::to_string(array.shape[d]);
+  return text + (array.dims ? ")" : " ()");
+}
+
+[[noreturn]] void refuse(const std::string& name, const std::string& expected,
+                         const std::string& got) {
+  throw std::runtime_error(name + ": expected in the backward pass as it was in the forward one, " +
+                           expected + ", got " + got);
+}
+
+// The tensors of a backward pass as the kernels read them. They may differ from those that the
+// forward pass saved: hooks of saved tensors give back what they like, and whoever has a parameter
+// can set its `data` in between.
+class Saved {
+ public:
+  explicit Saved(const Array& x) : x_(x) {}
+
+  // The array of a tensor or None: of x's dtype and of this shape, from which sizes below zero are
+  // left out. Contiguous or, with `strided`, only its rows.
+  Array operator()(py::handle tensor, const std::string& name, std::initializer_list<int64_t> shape,
+                   bool strided = false) {
+    Array array = array_of(tensor, name.c_str());
+    if (tensor.is_none()) return array;
+    Array fitting = x_;
+    fitting.dims = 0;
+    for (const int64_t size : shape)
+      if (size >= 0) fitting.shape[fitting.dims++] = size;
+    if (!array.same_dtype(x_) || array.dims != fitting.dims ||
+        !std::equal(array.shape, array.shape + array.dims, fitting.shape))
+      refuse(name, described(fitting), described(array));
+    if (strided ? array.has_rows() : array.packed()) return array;
+    copies_.push_back(tensor.attr("contiguous")());
+    return array_of(copies_.back(), name.c_str());
+  }
+
+ private:
+  const Array x_;
+  std::vector<py::object> copies_;
+};
+
 // The gradients of x, h0, c0 and the weights that are `needed`, None for the others, from what
 // run_layer was given and returned; then, with `keep_dz`, that of the pre-activations of a single
 // step, for weight_gradients(). `dx` is memory for that of x, or None for new memory.
 py::tuple run_layer_backward(py::handle x, py::handle h0, py::handle c0, const py::list& weights,
-                             Array y, Array gates, Array cells, Array raw, Array grad_y,
-                             Array grad_h, Array grad_c, py::handle dx,
-                             const std::vector<bool>& needed, bool keep_dz,
+                             py::handle y, py::handle gates, py::handle cells, py::handle raw,
+                             py::handle grad_y, py::handle grad_h, py::handle grad_c, py::handle dx,
+                             const std::vector<bool>& needed, bool keep_dz, int directions,
                              const std::vector<int64_t>& batch_sizes, int threads) {
+  const Array input = array_of(x, "x");
+  const bool ragged = !batch_sizes.empty(), cell = input.dims == 2 && !ragged;
+  if (input.dims != (cell || ragged ? 2 : 3) ||
+      (ragged &&
+       std::accumulate(batch_sizes.begin(), batch_sizes.end(), int64_t(0)) != input.shape[0]))
+    refuse("x", "(T, N, D), (rows, D) or (N, D)", described(input));
+  const auto per = weights.size() / size_t(directions);
+  const Array w_ih = array_of(weights[0], "weights[0]"), w_hh = array_of(weights[1], "weights[1]");
+  const auto one = [](int64_t size) { return std::max<int64_t>(size, 1); };  // only N may be 0
+  const int64_t D = one(input.shape[input.dims - 1]), H = one(w_ih.shape[0] / 4);
+  const int64_t P = per % 2 ? one(w_hh.shape[1]) : H;
+  const int64_t N = ragged ? batch_sizes[0] : input.shape[input.dims - 2];
+  const int64_t T = cell ? -1 : one(input.shape[0]), batch = ragged ? -1 : N;
+  const int64_t lead = cell ? -1 : directions;
+
+  Saved saved(input);
+  const size_t count = 3 + weights.size();
   std::vector<py::handle> given = {x, h0, c0};
   given.insert(given.end(), weights.begin(), weights.end());
-  constexpr const char* kNames[] = {"x", "h0", "c0", "weights"};
-  const size_t count = given.size();
+  Arrays inputs = {saved(x, "x", {T, batch, D}, true), saved(h0, "h0", {lead, N, P}),
+                   saved(c0, "c0", {lead, N, H})};
+  for (size_t k = 0; k < weights.size(); ++k) {
+    const size_t kind = k % per;
+    const std::string name = "weights[" + std::to_string(k) + "]";
+    inputs.push_back(kind == 0              ? saved(weights[k], name, {4 * H, D})
+                     : kind == 1            ? saved(weights[k], name, {4 * H, P})
+                     : kind < 4 && per >= 4 ? saved(weights[k], name, {4 * H})
+                                            : saved(weights[k], name, {P, H}));
+  }
+  const Array output = saved(y, "y", {T, batch, directions * P});
+  const Array kept[] = {saved(gates, "gates", {lead, T, batch, 4 * H}),
+                        saved(cells, "cells", {lead, T, batch, H}),
+                        saved(raw, "h before the projection", {lead, T, batch, H})};
+  const Array due[] = {saved(grad_y, "grad_y", {T, batch, directions * P}, true),
+                       saved(grad_h, "grad_h", {lead, N, P}),
+                       saved(grad_c, "grad_c", {lead, N, H})};
+
   py::tuple found(count + keep_dz);
-  Arrays inputs(count), grads(count);
+  Arrays grads(count);
   Array dz;
   for (size_t k = 0; k < count; ++k) {
-    inputs[k] = array_of(given[k], kNames[std::min<size_t>(k, 3)]);
     found[k] = py::none();
     if (!needed[k]) continue;
     const auto size = [&](int d) { return d < inputs[k].dims ? inputs[k].shape[d] : -1; };
@@ -477,17 +554,14 @@ py::tuple run_layer_backward(py::handle x, py::handle h0, py::handle c0, const p
       grads[k] = array_of(dx, "dx");
       found[k] = dx;
     } else {
-      found[k] = new_tensor(given[k], inputs[k].itemsize, {size(0), size(1), size(2), size(3)},
+      found[k] = new_tensor(given[k], input.itemsize, {size(0), size(1), size(2), size(3)},
                             &grads[k], k >= 3);
     }
   }
-  if (keep_dz) {
-    const int64_t N = inputs[0].shape[inputs[0].dims - 2];
-    found[count] = new_tensor(x, inputs[0].itemsize, {N, inputs[3].shape[0]}, &dz, true);
-  }
-  run_backward(inputs[0], inputs[1], inputs[2], {inputs.begin() + 3, inputs.end()}, y, gates, cells,
-               raw, grad_y, grad_h, grad_c, grads[0], {grads.begin() + 3, grads.end()}, grads[1],
-               grads[2], dz, batch_sizes, false, threads);
+  if (keep_dz) found[count] = new_tensor(x, input.itemsize, {N, 4 * H}, &dz, true);
+  run_backward(inputs[0], inputs[1], inputs[2], {inputs.begin() + 3, inputs.end()}, output, kept[0],
+               kept[1], kept[2], due[0], due[1], due[2], grads[0], {grads.begin() + 3, grads.end()},
+               grads[1], grads[2], dz, batch_sizes, false, threads);
   return found;
 }
 
@@ -497,6 +571,9 @@ py::tuple run_layer_backward(py::handle x, py::handle h0, py::handle c0, const p
 py::list weight_gradients(const Array& x, const Array& h, py::handle dz,
                           const std::vector<bool>& needed, int threads) {
   const Array z = array_of(dz, "dz");
+  for (const Array& factor : {x, h})
+    if (factor.dims != 2 || factor.shape[0] != z.shape[0] || !factor.same_dtype(z))
+      refuse("x or h", "rows as many as dz, " + described(z), described(factor));
   const int64_t columns[] = {x.shape[1], h.shape[1], -1, -1};
   py::list found;
   Arrays weights(needed.size()), grads(needed.size());

@@ -7,6 +7,7 @@ float64 reference: what a GPU could show of indices, masks, layouts and barriers
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import shutil
 import subprocess
@@ -195,6 +196,28 @@ def test_features(emulated, plan, change):
 def test_projections(emulated, bias, lengths):
     use_plan(emulated, "f64", "steps")
     check({**SMALL, "P": 4, "directions": 2, "bias": bias, "lengths": lengths}, "f64")
+
+
+@pytest.mark.parametrize("config", [{}, {"P": 4}], ids=["plain", "projection"])
+def test_saved_tensor_hooks(emulated, config):
+    """Other strides make no difference; what does not fit is refused."""
+    use_plan(emulated, "f64", "steps" if config else "block")
+    case = problem(**SMALL, **config, directions=2, dtype=torch.float64)
+
+    def found(unpack):
+        places = itertools.count()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (next(places), t), unpack):
+            results = run(*case, torch.float64, _torch.run_layer)
+        return results, next(places)
+
+    expected, count = found(lambda packed: packed[1])
+    other_strides, _ = found(lambda packed: torch.stack([packed[1], packed[1]], -1)[..., 0])
+    for name, results in expected.items():
+        np.testing.assert_array_equal(other_strides[name], results)
+    for change in (torch.Tensor.float, lambda tensor: tensor[:1]):
+        for wrong in range(count):
+            with pytest.raises(RuntimeError, match="expected"):
+                found(lambda p, f=change, wrong=wrong: f(p[1]) if p[0] == wrong else p[1])
 
 
 @pytest.mark.parametrize("math", MATHS)

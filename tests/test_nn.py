@@ -1235,6 +1235,96 @@ def test_saved_tensor_hooks():
         assert_same(ours, theirs, leaf(T, N, D))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("what", ["layers", "projection", "packed", "cell"])
+def test_saved_tensor_hooks_that_change_strides(what, dtype):
+    config = {"num_layers": 2, "bidirectional": True, "proj_size": 2 * (what == "projection")}
+    module = fastlstm.nn.LSTMCell(D, H) if what == "cell" else fastlstm.nn.LSTM(D, H, **config)
+    module.to(dtype)
+
+    def grads(unpack):
+        x = leaf(T, N, D).detach().to(dtype).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+            if what == "cell":
+                state = module(x[0], module(x[1]))
+                loss = state[0].square().sum() + state[1].sum()
+            else:
+                packed = rnn.pack_padded_sequence(x, [T, T - 1, 1]) if what == "packed" else x
+                y, (h, c) = module(packed)
+                loss = (y.data if what == "packed" else y).square().sum() + h.sum() + c.sum()
+        return torch.autograd.grad(loss, [x, *module.parameters()])
+
+    def other_strides(tensor):
+        backwards = tuple(reversed(range(tensor.dim())))
+        other = tensor.permute(backwards).contiguous().permute(backwards)
+        return torch.stack([other, other], -1)[..., 0] if tensor.dim() else other
+
+    expected, found = grads(lambda tensor: tensor), grads(other_strides)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+UNFIT = {
+    "dtype": lambda tensor: tensor.double(),
+    "half": lambda tensor: tensor.half(),
+    "no dimension": lambda tensor: tensor.sum(),
+    "one dimension": lambda tensor: tensor.flatten(),
+    "a dimension more": lambda tensor: tensor[None],
+    "shorter": lambda tensor: tensor[:1],
+    "longer": lambda tensor: tensor.repeat(2, *[1] * (tensor.dim() - 1)),
+    "narrower": lambda tensor: tensor[..., :1],
+    "empty": lambda tensor: tensor[..., :0],
+    "of no memory": lambda tensor: tensor.to("meta"),
+}
+
+
+@pytest.mark.parametrize("unfit", UNFIT)
+@pytest.mark.parametrize("cell", [False, True])
+def test_saved_tensor_hooks_that_give_back_what_does_not_fit(cell, unfit):
+    """For each tensor in turn, and for all at once."""
+    module = (fastlstm.nn.LSTMCell if cell else fastlstm.nn.LSTM)(D, H)
+    x = leaf(N, D) if cell else leaf(T, N, D)
+    states = tuple(leaf(*([] if cell else [1]), N, H, seed=k) for k in (1, 2))
+
+    def loss(unpack):
+        saved = []
+
+        def pack(tensor):
+            saved.append(tensor.detach())
+            return len(saved) - 1, tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return module(x, states)[0].sum(), saved
+
+    changed = UNFIT[unfit]
+    _, saved = loss(lambda packed: packed[1])
+    places = [
+        place
+        for place, tensor in enumerate(saved)
+        if changed(tensor).shape != tensor.shape or unfit in ("dtype", "half", "of no memory")
+    ]
+    assert len(places) >= 4
+    for wrong in (*([place] for place in places), places):
+        total, _ = loss(
+            lambda packed, wrong=wrong: changed(packed[1]) if packed[0] in wrong else packed[1]
+        )
+        with pytest.raises((RuntimeError, TypeError), match="expected"):
+            total.backward()
+
+
+@pytest.mark.parametrize("cell", [False, True])
+def test_other_data_between_forward_and_backward(cell):
+    """nn.LSTM raises too; nn.LSTMCell keeps views of the weights before."""
+    module = (fastlstm.nn.LSTMCell if cell else fastlstm.nn.LSTM)(D, H)
+    x = leaf(N, D) if cell else leaf(T, N, D)
+    for change in (module.double, lambda: setattr(module.float().weight_hh, "data", x.new_ones(1))):
+        if not cell:
+            module.weight_hh = module.weight_hh_l0
+        loss = module.float()(x)[0].sum()
+        change()
+        with pytest.raises(RuntimeError, match=r"weights.*expected"):
+            loss.backward()
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_jit_trace():
     ours, theirs = pair(D, H, 2)

@@ -92,6 +92,7 @@ def run_layer_backward(
     dx: _Array,
     needed: Sequence[bool],
     keep_dz: bool,
+    directions: int,
     batch_sizes: Sequence[int],
     threads: int,
     /,

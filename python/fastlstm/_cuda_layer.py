@@ -459,6 +459,36 @@ def _steps_forward(rows: _Rows, math: str, d: int, inputs: Tensors, outputs: Ten
     c_n.copy_(c)
 
 
+def _as_saved(
+    layer: tuple[int, Sequence[int]], inputs: Sequence[Any], y: Tensor, kept: _torch.Kept
+) -> tuple[list[Any], Tensor, _torch.Kept]:
+    """Return tensors that were saved as the kernels read them, contiguous.
+
+    Hooks of saved tensors give back what they like: raises RuntimeError where the kernels would
+    read out of bounds, or what is no such number.
+    """
+    x, h0, c0, *weights = inputs
+    directions, batch_sizes = layer
+    results = _torch.result_shapes(x, weights, directions, batch_sizes)
+    per, (four_h, P) = len(weights) // directions, weights[1].shape
+    sizes = x.shape[-1], four_h // 4, P if per % 2 else 0, 1, directions, per >= 4
+    tensors = [x, h0, c0, *weights, y, *(tensor for tensor in kept if tensor is not None)]
+    shapes = [x.shape, *results[1:3], *_tensors.weight_shapes(*sizes), results[0], *results[3:]]
+    for tensor, shape in zip(tensors, shapes, strict=True):
+        if tensor is not None and (
+            (tensor.shape, tensor.dtype, tensor.device) != (shape, x.dtype, x.device)
+        ):
+            raise RuntimeError(
+                "expected a saved tensor in the backward pass as it was in the forward one, "
+                f"{tuple(shape)} {x.dtype} {x.device}, "
+                f"got {tuple(tensor.shape)} {tensor.dtype} {tensor.device}"
+            )
+    tensors = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    inputs, (y, *rest) = tensors[: len(inputs)], tensors[len(inputs) :]
+    gates, cells, raw = (*rest, None)[:3]
+    return inputs, y, (gates, cells, raw)
+
+
 def run_backward(
     layer: tuple[int, Sequence[int]],
     inputs: Sequence[Any],
@@ -468,8 +498,8 @@ def run_backward(
     needed: Sequence[bool],
 ) -> _torch.Grads:
     """Run one layer backward: arguments and results of `_torch.run_backward`."""
-    x, h0, c0, *weights = inputs
     directions, batch_sizes = layer
+    (x, h0, c0, *weights), y, kept = _as_saved(layer, inputs, y, kept)
     rows = _Rows(x, batch_sizes)
     parts = _split(weights, directions)
     H, P = parts[0][1].shape[0] // 4, parts[0][1].shape[1]

@@ -146,17 +146,16 @@ def layer_backward(
             "fastlstm::layer_backward: expected needed to tell of x, h0, c0 and each weight, "
             f"{len(inputs)} in all, and False of a state of None, got {list(needed)}"
         )
-    meta = torch.empty_like(x, device="meta")
-    *results, saved = _torch.new_results(meta, packed, directions, sizes, keep=True)
-    expected = [*results, results[0], *(tensor for tensor in saved if tensor is not None)]
+    of_y, *others = _torch.result_shapes(x, packed, directions, sizes)
+    expected = [of_y, *others[:2], of_y, *others[2:]]
     given = [grad_y, grad_h, grad_c, y, *kept]
     if len(given) != len(expected) or any(
-        tensor is not None and (tensor.shape, tensor.dtype) != (like.shape, like.dtype)
-        for tensor, like in zip(given, expected, strict=True)
+        tensor is not None and (tensor.shape, tensor.dtype) != (shape, x.dtype)
+        for tensor, shape in zip(given, expected, strict=True)
     ):
         raise RuntimeError(
             "fastlstm::layer_backward: expected grad_y, grad_h, grad_c, y and what was kept "
-            f"of shapes {[tuple(t.shape) for t in expected]} and {x.dtype}, "
+            f"of shapes {expected} and {x.dtype}, "
             f"got {[t if t is None else (tuple(t.shape), t.dtype) for t in given]}"
         )
     y, gates, cells, raw = (*_plain(y, *kept), None)[:4]

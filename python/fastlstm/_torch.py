@@ -59,21 +59,28 @@ def run_forward(
     return y, h_n, c_n, tuple(kept)
 
 
-def new_results(
-    x: Tensor, weights: list[Tensor], directions: int, batch_sizes: Sequence[int], keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Kept]:
-    """Return memory for what :func:`run_forward` returns, for tracers, checks and CUDA."""
+def result_shapes(
+    x: Tensor, weights: Sequence[Tensor], directions: int, batch_sizes: Sequence[int]
+) -> tuple[tuple[Any, ...], ...]:
+    """Return the shapes of y, h_n, c_n, gates, cells and, with a projection, h before it."""
     *time, _ = x.shape
     N = batch_sizes[0] if batch_sizes else time[1]
     four_h, P = weights[1].shape
     H = four_h // 4
+    cells = (directions, *time, H)
+    gates = (directions, *time, 4 * H)
+    results = (*time, directions * P), (directions, N, P), (directions, N, H), gates, cells
     projects = len(weights) // directions % 2 == 1
-    y = x.new_empty(*time, directions * P)
-    h_n = x.new_empty(directions, N, P)
-    c_n = x.new_empty(directions, N, H)
-    gates = x.new_empty(directions, *time, 4 * H) if keep else None
-    cells = x.new_empty(directions, *time, H) if keep else None
-    raw = x.new_empty(directions, *time, H) if keep and projects else None
+    return (*results, cells) if projects else results
+
+
+def new_results(
+    x: Tensor, weights: list[Tensor], directions: int, batch_sizes: Sequence[int], keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Kept]:
+    """Return memory for what :func:`run_forward` returns, for tracers and CUDA."""
+    shapes = result_shapes(x, weights, directions, batch_sizes)
+    y, h_n, c_n, *kept = (x.new_empty(shape) for shape in (shapes if keep else shapes[:3]))
+    gates, cells, raw = (*kept, None, None, None)[:3]
     return y, h_n, c_n, (gates, cells, raw)
 
 
@@ -202,12 +209,13 @@ def run_backward(
         weights,
         y,
         *kept,
-        None if grad_y is None else rows(grad_y),
-        None if grad_h is None else grad_h.contiguous(),
-        None if grad_c is None else grad_c.contiguous(),
+        grad_y,
+        grad_h,
+        grad_c,
         both,
         needed,
         steps is not None,
+        directions,
         batch_sizes,
         torch.get_num_threads(),
     )
