@@ -291,6 +291,12 @@ struct Place {
       : data(data), row(row), vector(vector), tile(height * row), height(height) {}
 };
 
+// The sum of so many k-steps is cut into chains: of the steps from steps * c / chains on.
+template <class Numbers>
+FASTLSTM_INLINE int64_t chains_of(int64_t steps) {
+  return Numbers::kChain ? (steps + Numbers::kChain - 1) / Numbers::kChain : 1;
+}
+
 // What add(Int<M>(), first vector, Int<W>(), first k-step, past the last) adds over so many k-steps
 // to the sums of M row tiles and of W vectors from `first` on, which begin with what is there or,
 // if `fresh`, with zeros.
@@ -308,7 +314,7 @@ FASTLSTM_INLINE void sum_tiles(int first, bool fresh, const Place& sums, int64_t
   const auto store_to = [&](const Place& place) {
     each(place, [&](auto tile, float* at) { tile_store<decltype(tile)::value>(at, place.row); });
   };
-  const int64_t chains = Numbers::kChain ? (steps + Numbers::kChain - 1) / Numbers::kChain : 1;
+  const int64_t chains = chains_of<Numbers>(steps);
   for (int64_t c = 0; c < chains; ++c) {
     each(sums, [&](auto tile, float* at) {
       if (fresh || c > 0)
@@ -635,22 +641,29 @@ void product_of_rows(const Product<float>& in, int64_t m0, int64_t m1, int64_t p
   });
 }
 
+// Of a product the `depth` k from `k` on, or what is left.
+inline Product<float> pass_of(const Product<float>& in, int64_t k, int64_t depth) {
+  Product<float> pass = in;
+  pass.a.data += k;
+  pass.depth = in.depth - k < depth ? in.depth - k : depth;
+  pass.b.data += k * in.b.row_step;
+  pass.b.tail += k * in.b.tail_row_step;
+  if (k > 0) {
+    pass.start = nullptr;
+    pass.accumulate = true;
+  }
+  return pass;
+}
+
 template <class Numbers>
 void product_of_terms(const Product<float>& in, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
   if (in.strip)
     return product_of<Numbers>(Left<Numbers::kComputed>{in.a.data, k_steps(in.depth)},
                                RowTiles::of_strip(m1 - m0), m0, in, p0, p1);
-  Product<float> pass = in;
-  for (int64_t k = 0; k < in.depth; k += kPass) {
-    pass.depth = in.depth - k < kPass ? in.depth - k : kPass;
-    pass.a.data = in.a.data + k;
-    pass.b.data = in.b.data + k * in.b.row_step;
-    pass.b.tail = in.b.tail + k * in.b.tail_row_step;
-    (in.given ? product_of_rows<Numbers, Numbers::kGiven>
-              : product_of_rows<Numbers, Numbers::kComputed>)(pass, m0, m1, p0, p1);
-    pass.start = nullptr;
-    pass.accumulate = true;
-  }
+  for (int64_t k = 0; k < in.depth; k += kPass)
+    (in.given
+         ? product_of_rows<Numbers, Numbers::kGiven>
+         : product_of_rows<Numbers, Numbers::kComputed>)(pass_of(in, k, kPass), m0, m1, p0, p1);
 }
 
 // With so many k-steps the cells of a row are done while the tiles multiply. With fewer they take
@@ -712,26 +725,41 @@ void step_backward_of_terms(const StepBackward<float>& in, int64_t n0, int64_t n
   constexpr int Terms = Numbers::kComputed;
   const int64_t H = in.hidden, steps = k_steps(in.depth);
   if (!in.next.data) return step_backward<float>(in, n0, n1, p0, p1);
-  for_parts(n0, n1, Terms * steps * kDepthOfTile, [&](int64_t n, const RowTiles& rows) {
-    const auto left =
-        split<Terms>(rows, in.depth, in.scratch, [&](int64_t r) { return in.next.at(0, n + r); });
-    const auto cells = [&](int64_t p, int64_t row, const float* sums, Int<1>) {
-      for (int64_t v = 0; v < vectors_of<Numbers>(in.w, p); ++v) {
-        const int64_t unit = (p * kPanelVectors + v) * kSide;
-        with_lanes<float>(H - unit, [&](auto part) {
-          Vec<float> dh = load(sums + v * kTileSize);
-          if (in.grad_y.data) dh += part.get(in.grad_y.at(0, n + row) + unit);
-          if (in.grad_h.data) dh += part.get(in.grad_h.at(0, n + row) + unit);
-          cell_backward<float>(in, n + row, unit, dh, part);
-        });
-      }
-    };
-    const TileShape shape(rows.height);
-    Rest<1, decltype(cells)> rest(rows, steps, cells);
-    for_panels(in.step, p0, p1,
-               [&](int64_t p, int64_t) { sum_panel<Numbers>(left, rows, in.w, p, rest); });
-    rest.finish();
-  });
+  // Where not all rows have room as terms, they are multiplied chain by chain: W, which then mostly
+  // comes from L3, is read once and not for each part of them. The sums until then stand in dz.
+  const Product<float> product{in.next, in.depth, in.w,  in.dz, {H, false},
+                               nullptr, false,    false, false, in.scratch};
+  const bool fit = n1 - n0 <= rows_at_once(Terms * steps * kDepthOfTile);
+  const int64_t passes = fit ? 1 : chains_of<Numbers>(steps);
+  for (int64_t c = 0; c < passes; ++c) {
+    const int64_t first = steps * c / passes, pass_steps = steps * (c + 1) / passes - first;
+    const auto pass = pass_of(product, first * kDepthOfTile, pass_steps * kDepthOfTile);
+    if (c < passes - 1) {
+      product_of_rows<Numbers, Terms>(pass, n0, n1, p0, p1);
+      continue;
+    }
+    for_parts(n0, n1, Terms * pass_steps * kDepthOfTile, [&](int64_t n, const RowTiles& rows) {
+      const auto left = split<Terms>(rows, pass.depth, in.scratch,
+                                     [&](int64_t r) { return pass.a.at(0, n + r); });
+      const auto cells = [&](int64_t p, int64_t row, const float* sums, Int<1>) {
+        for (int64_t v = 0; v < vectors_of<Numbers>(in.w, p); ++v) {
+          const int64_t unit = (p * kPanelVectors + v) * kSide;
+          with_lanes<float>(H - unit, [&](auto part) {
+            Vec<float> dh = load(sums + v * kTileSize);
+            if (pass.accumulate) dh += part.get((const float*)in.dz.at(0, n + row) + unit);
+            if (in.grad_y.data) dh += part.get(in.grad_y.at(0, n + row) + unit);
+            if (in.grad_h.data) dh += part.get(in.grad_h.at(0, n + row) + unit);
+            cell_backward<float>(in, n + row, unit, dh, part);
+          });
+        }
+      };
+      const TileShape shape(rows.height);
+      Rest<1, decltype(cells)> rest(rows, pass_steps, cells);
+      for_panels(in.step, p0, p1,
+                 [&](int64_t p, int64_t) { sum_panel<Numbers>(left, rows, pass.b, p, rest); });
+      rest.finish();
+    });
+  }
 }
 
 template <class Numbers>
