@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import types
 
 import pytest
@@ -23,6 +24,7 @@ from helpers_torch import (  # noqa: E402
     assert_same_outcome,
     flatten,
     leaf,
+    old_weight_norm,
     pair,
 )
 from torch import nn  # noqa: E402
@@ -816,3 +818,75 @@ def test_onnx_has_no_projection(tmp_path):
         torch.onnx.export(
             model, (leaf(T, N, D),), tmp_path / "model.onnx", dynamo=True, verbose=False
         )
+
+
+# --- torch.fx and TorchScript --------------------------------------------------------------------
+
+
+class Both(nn.Module):
+    """An LSTM and a cell."""
+
+    def __init__(self, modules=fastlstm.nn, prepare=lambda module: module):
+        super().__init__()
+        torch.manual_seed(0)
+        self.lstm = prepare(modules.LSTM(D, H, 2, batch_first=True))
+        self.cell = prepare(modules.LSTMCell(H, 3))
+
+    def forward(self, x, h, c):
+        y, (h_n, c_n) = self.lstm(x, (h, c))
+        z, _ = self.cell(y[:, 0])
+        return y, h_n, c_n, z
+
+
+def weight_normed(module):
+    name = "weight_hh" if isinstance(module, nn.LSTMCell) else "weight_hh_l0"
+    return parametrizations.weight_norm(module, name)
+
+
+def old_weight_normed(module):
+    return old_weight_norm(module, "weight_hh" + "_l0" * isinstance(module, nn.LSTM))
+
+
+def hooked(module):
+    module.register_forward_pre_hook(lambda module, args: (2 * args[0], *args[1:]))
+    return module
+
+
+@pytest.mark.parametrize(
+    "prepare", [lambda module: module, weight_normed, old_weight_normed, hooked]
+)
+def test_symbolic_trace(prepare):
+    """A call of a module is one node, with its hooks inside, as one of torch's own is."""
+    ours, theirs = (Both(modules, prepare) for modules in (fastlstm.nn, nn))
+    inputs = leaf(N, T, D), leaf(2, N, H, seed=1), leaf(2, N, H, seed=2)
+    traced, expected = (torch.fx.symbolic_trace(model) for model in (ours, theirs))
+    assert str(traced.graph) == str(expected.graph)
+    assert isinstance(traced.lstm, fastlstm.nn.LSTM)
+    assert_close(train(traced, traced, *inputs), train(expected, expected, *inputs))
+
+
+def test_symbolic_trace_looks_into_what_has_a_forward_of_its_own():
+    class Residual(fastlstm.nn.LSTMCell):
+        def forward(self, input, hx=None):
+            return input + 1
+
+    model = nn.Sequential(Residual(D, H))
+    (node,) = (n for n in torch.fx.symbolic_trace(model).graph.nodes if n.op == "call_function")
+    assert node.args[1] == 1
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="torch.jit.script needs Python < 3.14")
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+def test_script(tmp_path):
+    """TorchScript compiles torch's own modules in the place of ours, with their parameters."""
+    model, theirs = Both(), Both(nn)
+    inputs = leaf(N, T, D), leaf(2, N, H, seed=1), leaf(2, N, H, seed=2)
+    weight = model.lstm.weight_hh_l0
+    with pytest.warns(UserWarning, match=r"this LSTM(Cell)? is torch's own from now on"):
+        scripted = torch.jit.script(model)
+    assert type(model.lstm) is nn.LSTM and type(model.cell) is nn.LSTMCell
+    assert_close(train(scripted, model, *inputs), train(theirs, theirs, *inputs))
+    scripted.save(tmp_path / "model.pt")
+    assert_close(torch.jit.load(tmp_path / "model.pt")(*inputs), theirs(*inputs))
+    fastlstm.nn.convert(model)
+    assert type(model.lstm) is fastlstm.nn.LSTM and model.lstm.weight_hh_l0 is weight

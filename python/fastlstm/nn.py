@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _core, _cuda_layer, _dynamo, _ops, _tensors, _transforms
+from . import _core, _cuda_layer, _dynamo, _fx, _ops, _tensors, _transforms
 from ._torch import run_layer, run_step
 
 __all__ = ["LSTM", "LSTMCell", "convert", "explain", "revert"]
@@ -106,6 +106,18 @@ def _traced_batch(packed: PackedSequence, hx: Any) -> Any:
     return packed.batch_sizes[0].item()
 
 
+def _for_script(module: _Module) -> _Module:
+    """Return what torch.jit.script compiles in place of a module, and leaves in its place."""
+    ours = type(module).__name__
+    if not isinstance(revert(module), (LSTM, LSTMCell)):
+        warnings.warn(
+            f"torch.jit.script: this {ours} is torch's own from now on, as after "
+            "fastlstm.nn.revert; fastlstm.nn.convert turns it back",
+            stacklevel=2,
+        )
+    return module
+
+
 class LSTM(torch.nn.LSTM):
     """`torch.nn.LSTM` on the kernels of fastlstm: the same constructor, parameters and results.
 
@@ -113,11 +125,14 @@ class LSTM(torch.nn.LSTM):
     `proj_size` included; so do bfloat16, float16 and autocast, with arithmetic in float32 and what
     is kept for backward in half precision.
     `torch.compile`, `torch.export` and dispatch modes see one operator for each layer,
-    `torch.onnx.export` the LSTM operator of ONNX. `torch.func` and autograd of any order work, on
-    the kernels for `grad`, `vjp`, `jacrev` and `vmap`; forward mode and derivatives of derivatives
-    are composed of operators of torch. Other devices and jit tracing run as in `torch.nn.LSTM`, and
-    so does CUDA unless FASTLSTM_CUDA_KERNELS=1 stands in the environment; see :func:`explain`.
+    `torch.onnx.export` the LSTM operator of ONNX, `torch.fx` one node. `torch.func` and autograd of
+    any order work, on the kernels for `grad`, `vjp`, `jacrev` and `vmap`; forward mode and
+    derivatives of derivatives are composed of operators of torch. Other devices and jit tracing run
+    as in `torch.nn.LSTM`, jit scripting compiles that, and CUDA is its own unless
+    FASTLSTM_CUDA_KERNELS=1 stands in the environment; see :func:`explain`.
     """
+
+    __prepare_scriptable__ = _for_script
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Run over `input`: shapes, results and errors of `torch.nn.LSTM`."""
@@ -334,6 +349,7 @@ class LSTMCell(torch.nn.LSTMCell):
     What :class:`LSTM` says of dtypes, transforms and devices holds here.
     """
 
+    __prepare_scriptable__ = _for_script
     _names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
     def forward(self, input: Any, hx: Any = None) -> Any:
@@ -424,6 +440,7 @@ class LSTMCell(torch.nn.LSTMCell):
 
 
 _dynamo.trace(LSTM, _tensors.DTYPES)
+_fx.take_as_one(LSTM, LSTMCell)
 
 _OURS = {torch.nn.LSTM: LSTM, torch.nn.LSTMCell: LSTMCell}
 _Classes = dict[type[torch.nn.Module], type[torch.nn.Module]]
