@@ -1,6 +1,7 @@
 // The pybind11 module: turns Python arguments into the structs of lstm.h, releases the GIL,
-// calls. It checks in one place, read(); the rest trusts what python/fastlstm/ checked. For torch
-// it allocates too.
+// calls. It checks what a caller passes in one place, read(), and what torch gives back to a
+// backward pass in another, Saved; the rest trusts what python/fastlstm/ checked. For torch it
+// allocates too.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -241,6 +242,15 @@ struct Call {
   bool batched;
 };
 
+// Whether a tensor is a view whose memory holds the numbers negated.
+bool negated(py::handle tensor) {
+  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+  PyObject* const found = PyObject_CallMethodNoArgs(tensor.ptr(), is_neg);
+  if (!found) PyErr_Clear();
+  Py_XDECREF(found);
+  return found != Py_False;
+}
+
 // Reads a call that can run as it stands: every array of the one dtype, of the shape it must have,
 // and laid out as the kernels read it. False where it cannot. `packed` is the batch of a ragged x
 // (rows, D), or 0.
@@ -252,12 +262,7 @@ bool read(py::handle x, py::handle state, py::handle weights, const Made& made, 
     if (!view(object, array) || !array->same_dtype(input)) return false;
     if (is_torch(object) != is_torch(x)) return false;
     if (!is_torch(object)) return is_exactly_numpy(object);
-    // A view whose memory holds the numbers negated.
-    static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
-    PyObject* const negated = PyObject_CallMethodNoArgs(object.ptr(), is_neg);
-    if (!negated) PyErr_Clear();
-    Py_XDECREF(negated);
-    return negated == Py_False;
+    return !negated(object);
   };
   const auto is = [&](py::handle object, Array* array, std::initializer_list<int64_t> shape) {
     return plain(object, array) && array->dims == int(shape.size()) &&
@@ -428,9 +433,14 @@ py::object infer(py::handle x, py::handle state, py::handle weights, int64_t D, 
 // One layer, or a step of a cell, whose x (N, D) has no time, on torch tensors that the kernels can
 // read: y, h_n, c_n and, with `keep`, gates, cells and h before a projection. See
 // _torch.run_forward. Of a cell y is h, and there is no h_n.
-py::tuple run_layer(py::handle x, const Array& h0, const Array& c0, Arrays weights, int directions,
-                    const std::vector<int64_t>& batch_sizes, bool keep, int threads) {
-  const Array input = array_of(x, "x");
+py::tuple run_layer(py::handle x, py::handle h0, py::handle c0, const py::list& given,
+                    int directions, const std::vector<int64_t>& batch_sizes, bool keep,
+                    int threads) {
+  // Read here: pybind11's own error would show tensors, which ends in a crash where one has lost
+  // its memory.
+  const Array input = array_of(x, "x"), h = array_of(h0, "h0"), c = array_of(c0, "c0");
+  Arrays weights;
+  for (const py::handle weight : given) weights.push_back(array_of(weight, "weights"));
   const bool ragged = !batch_sizes.empty(), cell = input.dims == 2 && !ragged;
   const int64_t H = weights[0].shape[0] / 4, P = weights[1].shape[1];
   const int64_t N = ragged ? batch_sizes[0] : input.shape[input.dims - 2];
@@ -448,7 +458,7 @@ py::tuple run_layer(py::handle x, const Array& h0, const Array& c0, Arrays weigh
     if (weights.size() / size_t(directions) % 2)
       found[5] = new_tensor(x, input.itemsize, {lead, T, batch, H}, &raw, true);
   }
-  run_forward(input, h0, c0, std::move(weights), y, h_n, c_n, gates, cells, raw, batch_sizes, false,
+  run_forward(input, h, c, std::move(weights), y, h_n, c_n, gates, cells, raw, batch_sizes, false,
               threads);
   return found;
 }
@@ -488,8 +498,8 @@ class Saved {
     if (!array.same_dtype(x_) || array.dims != fitting.dims ||
         !std::equal(array.shape, array.shape + array.dims, fitting.shape))
       refuse(name, described(fitting), described(array));
-    if (strided ? array.has_rows() : array.packed()) return array;
-    copies_.push_back(tensor.attr("contiguous")());
+    if ((strided ? array.has_rows() : array.packed()) && !negated(tensor)) return array;
+    copies_.push_back(tensor.attr("resolve_neg")().attr("contiguous")());
     return array_of(copies_.back(), name.c_str());
   }
 

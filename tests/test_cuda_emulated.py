@@ -198,10 +198,12 @@ def test_projections(emulated, bias, lengths):
     check({**SMALL, "P": 4, "directions": 2, "bias": bias, "lengths": lengths}, "f64")
 
 
-@pytest.mark.parametrize("config", [{}, {"P": 4}], ids=["plain", "projection"])
+@pytest.mark.parametrize(
+    "config", [{}, {"P": 4}, {"lengths": [4, 3, 1, 1, 1]}], ids=["plain", "projection", "ragged"]
+)
 def test_saved_tensor_hooks(emulated, config):
-    """Other strides make no difference; what does not fit is refused."""
-    use_plan(emulated, "f64", "steps" if config else "block")
+    """Other layouts make no difference; what does not fit is refused."""
+    use_plan(emulated, "f64", "steps" if "P" in config else "block")
     case = problem(**SMALL, **config, directions=2, dtype=torch.float64)
 
     def found(unpack):
@@ -211,13 +213,15 @@ def test_saved_tensor_hooks(emulated, config):
         return results, next(places)
 
     expected, count = found(lambda packed: packed[1])
-    other_strides, _ = found(lambda packed: torch.stack([packed[1], packed[1]], -1)[..., 0])
-    for name, results in expected.items():
-        np.testing.assert_array_equal(other_strides[name], results)
-    for change in (torch.Tensor.float, lambda tensor: tensor[:1]):
-        for wrong in range(count):
-            with pytest.raises(RuntimeError, match="expected"):
-                found(lambda p, f=change, wrong=wrong: f(p[1]) if p[0] == wrong else p[1])
+    for change in (lambda t: torch.stack([t, t], -1)[..., 0], lambda t: torch._neg_view(-t)):
+        actual, _ = found(lambda packed, change=change: change(packed[1]))
+        for name, results in expected.items():
+            np.testing.assert_array_equal(actual[name], results)
+    every = set(range(count))
+    for change in (torch.Tensor.float, lambda t: t[:1], lambda t: t[None]):
+        for some in (*({place} for place in every), every):
+            with pytest.raises(RuntimeError, match="in the backward pass"):
+                found(lambda p, f=change, some=some: f(p[1]) if p[0] in some else p[1])
 
 
 @pytest.mark.parametrize("math", MATHS)

@@ -1236,8 +1236,9 @@ def test_saved_tensor_hooks():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["strides", "negative"])
 @pytest.mark.parametrize("what", ["layers", "projection", "packed", "cell"])
-def test_saved_tensor_hooks_that_change_strides(what, dtype):
+def test_saved_tensor_hooks_that_change_the_layout(what, layout, dtype):
     config = {"num_layers": 2, "bidirectional": True, "proj_size": 2 * (what == "projection")}
     module = fastlstm.nn.LSTMCell(D, H) if what == "cell" else fastlstm.nn.LSTM(D, H, **config)
     module.to(dtype)
@@ -1254,12 +1255,16 @@ def test_saved_tensor_hooks_that_change_strides(what, dtype):
                 loss = (y.data if what == "packed" else y).square().sum() + h.sum() + c.sum()
         return torch.autograd.grad(loss, [x, *module.parameters()])
 
-    def other_strides(tensor):
+    def other_layout(tensor):
+        if not tensor.is_floating_point():  # indices, of torch's own nodes
+            return tensor
+        if layout == "negative":  # memory that holds the numbers negated
+            return torch._neg_view(-tensor)
         backwards = tuple(reversed(range(tensor.dim())))
         other = tensor.permute(backwards).contiguous().permute(backwards)
         return torch.stack([other, other], -1)[..., 0] if tensor.dim() else other
 
-    expected, found = grads(lambda tensor: tensor), grads(other_strides)
+    expected, found = grads(lambda tensor: tensor), grads(other_layout)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
@@ -1307,7 +1312,8 @@ def test_saved_tensor_hooks_that_give_back_what_does_not_fit(cell, unfit):
         total, _ = loss(
             lambda packed, wrong=wrong: changed(packed[1]) if packed[0] in wrong else packed[1]
         )
-        with pytest.raises((RuntimeError, TypeError), match="expected"):
+        refused = "expected in the backward pass|expected a tensor of floats"
+        with pytest.raises((RuntimeError, TypeError), match=refused):
             total.backward()
 
 
@@ -1321,8 +1327,23 @@ def test_other_data_between_forward_and_backward(cell):
             module.weight_hh = module.weight_hh_l0
         loss = module.float()(x)[0].sum()
         change()
-        with pytest.raises(RuntimeError, match=r"weights.*expected"):
+        with pytest.raises(RuntimeError, match=r"weights.*expected in the backward pass"):
             loss.backward()
+
+
+@pytest.mark.parametrize("cell", [False, True])
+def test_weights_that_lost_their_memory(cell):
+    """An error, where torch's own modules end the process."""
+    module = (fastlstm.nn.LSTMCell if cell else fastlstm.nn.LSTM)(D, H)
+    x = leaf(N, D) if cell else leaf(T, N, D)
+    loss = module(x)[0].sum()
+    next(module.parameters()).untyped_storage().resize_(0)
+    with pytest.raises(TypeError, match="expected a tensor of floats"):
+        loss.backward()
+    with pytest.raises(TypeError, match="expected a tensor of floats"):
+        module(x)
+    with torch.no_grad(), pytest.raises(TypeError, match="expected a tensor of floats"):
+        module(x)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")

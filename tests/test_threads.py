@@ -31,6 +31,7 @@ SIZES = [
     (3, 16, 256, 520),
     (33, 7, 13, 37),
     (2, 300, 17, 33),
+    (2, 70, 5, 560),  # backward on tiles: rows that fit at once on two threads, not on one
 ]
 SIZE_IDS = ["x".join(map(str, sizes)) for sizes in SIZES]
 

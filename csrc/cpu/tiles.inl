@@ -726,40 +726,41 @@ void step_backward_of_terms(const StepBackward<float>& in, int64_t n0, int64_t n
   const int64_t H = in.hidden, steps = k_steps(in.depth);
   if (!in.next.data) return step_backward<float>(in, n0, n1, p0, p1);
   // Where not all rows have room as terms, they are multiplied chain by chain: W, which then mostly
-  // comes from L3, is read once and not for each part of them. The sums until then stand in dz.
+  // comes from L3, is read fewer times than once for each part of them. The sums stand in dz.
   const Product<float> product{in.next, in.depth, in.w,  in.dz, {H, false},
                                nullptr, false,    false, false, in.scratch};
   const bool fit = n1 - n0 <= rows_at_once(Terms * steps * kDepthOfTile);
   const int64_t passes = fit ? 1 : chains_of<Numbers>(steps);
-  for (int64_t c = 0; c < passes; ++c) {
-    const int64_t first = steps * c / passes, pass_steps = steps * (c + 1) / passes - first;
-    const auto pass = pass_of(product, first * kDepthOfTile, pass_steps * kDepthOfTile);
-    if (c < passes - 1) {
-      product_of_rows<Numbers, Terms>(pass, n0, n1, p0, p1);
-      continue;
-    }
-    for_parts(n0, n1, Terms * pass_steps * kDepthOfTile, [&](int64_t n, const RowTiles& rows) {
-      const auto left = split<Terms>(rows, pass.depth, in.scratch,
-                                     [&](int64_t r) { return pass.a.at(0, n + r); });
-      const auto cells = [&](int64_t p, int64_t row, const float* sums, Int<1>) {
-        for (int64_t v = 0; v < vectors_of<Numbers>(in.w, p); ++v) {
-          const int64_t unit = (p * kPanelVectors + v) * kSide;
-          with_lanes<float>(H - unit, [&](auto part) {
-            Vec<float> dh = load(sums + v * kTileSize);
-            if (pass.accumulate) dh += part.get((const float*)in.dz.at(0, n + row) + unit);
-            if (in.grad_y.data) dh += part.get(in.grad_y.at(0, n + row) + unit);
-            if (in.grad_h.data) dh += part.get(in.grad_h.at(0, n + row) + unit);
-            cell_backward<float>(in, n + row, unit, dh, part);
-          });
-        }
-      };
-      const TileShape shape(rows.height);
-      Rest<1, decltype(cells)> rest(rows, pass_steps, cells);
-      for_panels(in.step, p0, p1,
-                 [&](int64_t p, int64_t) { sum_panel<Numbers>(left, rows, pass.b, p, rest); });
-      rest.finish();
-    });
-  }
+  const auto pass_at = [&](int64_t c) {
+    const int64_t first = steps * c / passes, past = steps * (c + 1) / passes;
+    return pass_of(product, first * kDepthOfTile, (past - first) * kDepthOfTile);
+  };
+  for (int64_t c = 0; c < passes - 1; ++c)
+    product_of_rows<Numbers, Terms>(pass_at(c), n0, n1, p0, p1);
+
+  const auto last = pass_at(passes - 1);
+  const int64_t last_steps = k_steps(last.depth);
+  for_parts(n0, n1, Terms * last_steps * kDepthOfTile, [&](int64_t n, const RowTiles& rows) {
+    const auto left =
+        split<Terms>(rows, last.depth, in.scratch, [&](int64_t r) { return last.a.at(0, n + r); });
+    const auto cells = [&](int64_t p, int64_t row, const float* sums, Int<1>) {
+      for (int64_t v = 0; v < vectors_of<Numbers>(in.w, p); ++v) {
+        const int64_t unit = (p * kPanelVectors + v) * kSide;
+        with_lanes<float>(H - unit, [&](auto part) {
+          Vec<float> dh = load(sums + v * kTileSize);
+          if (last.accumulate) dh += part.get((const float*)in.dz.at(0, n + row) + unit);
+          if (in.grad_y.data) dh += part.get(in.grad_y.at(0, n + row) + unit);
+          if (in.grad_h.data) dh += part.get(in.grad_h.at(0, n + row) + unit);
+          cell_backward<float>(in, n + row, unit, dh, part);
+        });
+      }
+    };
+    const TileShape shape(rows.height);
+    Rest<1, decltype(cells)> rest(rows, last_steps, cells);
+    for_panels(in.step, p0, p1,
+               [&](int64_t p, int64_t) { sum_panel<Numbers>(left, rows, last.b, p, rest); });
+    rest.finish();
+  });
 }
 
 template <class Numbers>

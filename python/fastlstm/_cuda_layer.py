@@ -459,34 +459,29 @@ def _steps_forward(rows: _Rows, math: str, d: int, inputs: Tensors, outputs: Ten
     c_n.copy_(c)
 
 
-def _as_saved(
-    layer: tuple[int, Sequence[int]], inputs: Sequence[Any], y: Tensor, kept: _torch.Kept
-) -> tuple[list[Any], Tensor, _torch.Kept]:
-    """Return tensors that were saved as the kernels read them, contiguous.
+def _checked(
+    layer: tuple[int, Sequence[int]], inputs: list[Any], tensors: list[Any]
+) -> tuple[list[Any], list[Any]]:
+    """Return what a backward pass gets, contiguous: inputs; gradients, y and what was kept.
 
-    Hooks of saved tensors give back what they like: raises RuntimeError where the kernels would
-    read out of bounds, or what is no such number.
+    Hooks of saved tensors give back what they like. Raises RuntimeError where the kernels would
+    read out of bounds.
     """
     x, h0, c0, *weights = inputs
-    directions, batch_sizes = layer
-    results = _torch.result_shapes(x, weights, directions, batch_sizes)
-    per, (four_h, P) = len(weights) // directions, weights[1].shape
-    sizes = x.shape[-1], four_h // 4, P if per % 2 else 0, 1, directions, per >= 4
-    tensors = [x, h0, c0, *weights, y, *(tensor for tensor in kept if tensor is not None)]
-    shapes = [x.shape, *results[1:3], *_tensors.weight_shapes(*sizes), results[0], *results[3:]]
-    for tensor, shape in zip(tensors, shapes, strict=True):
-        if tensor is not None and (
-            (tensor.shape, tensor.dtype, tensor.device) != (shape, x.dtype, x.device)
-        ):
-            raise RuntimeError(
-                "expected a saved tensor in the backward pass as it was in the forward one, "
-                f"{tuple(shape)} {x.dtype} {x.device}, "
-                f"got {tuple(tensor.shape)} {tensor.dtype} {tensor.device}"
-            )
-    tensors = [None if tensor is None else tensor.contiguous() for tensor in tensors]
-    inputs, (y, *rest) = tensors[: len(inputs)], tensors[len(inputs) :]
-    gates, cells, raw = (*rest, None)[:3]
-    return inputs, y, (gates, cells, raw)
+    if not (
+        _tensors.layer_fits(x, h0, c0, weights, *layer)
+        and _tensors.backward_fits(x, weights, *layer, tensors)
+    ):
+        got = [t if t is None else (tuple(t.shape), t.dtype, t.device) for t in inputs + tensors]
+        raise RuntimeError(
+            "expected x, h0, c0, the weights, gradients, y and what was kept in the backward pass "
+            f"as they were in the forward one, got {got}"
+        )
+
+    def packed(tensors: Sequence[Any]) -> list[Any]:
+        return [None if t is None else t.resolve_neg().contiguous() for t in tensors]
+
+    return packed(inputs), packed(tensors)
 
 
 def run_backward(
@@ -499,13 +494,12 @@ def run_backward(
 ) -> _torch.Grads:
     """Run one layer backward: arguments and results of `_torch.run_backward`."""
     directions, batch_sizes = layer
-    (x, h0, c0, *weights), y, kept = _as_saved(layer, inputs, y, kept)
+    others: list[Any] = [*map(_torch.gradient, grads), y, *(k for k in kept if k is not None)]
+    (x, h0, c0, *weights), others = _checked(layer, list(inputs), others)
+    grad_y, grad_h, grad_c, y, gates, cells, raw = (*others, None)[:7]
     rows = _Rows(x, batch_sizes)
     parts = _split(weights, directions)
     H, P = parts[0][1].shape[0] // 4, parts[0][1].shape[1]
-    grad_y, grad_h, grad_c = (
-        None if grad is None else grad.contiguous() for grad in map(_torch.gradient, grads)
-    )
     dz = x.new_empty(directions, rows.total, 4 * H)
     dh0 = x.new_empty(directions, rows.N, P)
     dc0 = x.new_empty(directions, rows.N, H)
@@ -514,16 +508,15 @@ def run_backward(
     math, plan = _plan(x, rows.N, H, P, directions, True)
     if plan.path == "steps":
         for d, (_, w_hh, _, w_hr) in enumerate(parts):
-            own = (k[d].reshape(rows.total, -1) for k in kept[:2] if k is not None)
+            own = (k[d].reshape(rows.total, -1) for k in (gates, cells))
             state = (None if s is None else s[d] for s in (c0, grad_h, grad_c))
             own_y = None if grad_y is None else grad_y.view(rows.total, -1)[:, d * P : (d + 1) * P]
             outputs = dz[d], dh0[d], dc0[d], None if dh is None else dh[d]
             _run_steps(rows, math, H, (*own, w_hh, w_hr, own_y, *state), outputs, True, d)
     else:
-        gates, cells, _ = kept
-        tensors = {"gates": gates, "cells": cells, "c0": c0, "dz": dz, "dh0": dh0, "dc0": dc0}
-        tensors |= {"grad_y": grad_y, "grad_h": grad_h, "grad_c": grad_c}
-        _launch(x, rows, plan, math, True, [part[1] for part in parts], tensors)
+        named = {"gates": gates, "cells": cells, "c0": c0, "dz": dz, "dh0": dh0, "dc0": dc0}
+        named |= {"grad_y": grad_y, "grad_h": grad_h, "grad_c": grad_c}
+        _launch(x, rows, plan, math, True, [part[1] for part in parts], named)
 
     needs_x, needs_h0, needs_c0, *needs_weights = needed
     flat, flat_y = x.reshape(rows.total, -1), y.view(rows.total, -1)
@@ -548,9 +541,9 @@ def run_backward(
             both = dz[d].expand(2, -1, -1).sum(1) if any(need_rest[:2]) else (None, None)
             dweights += [db if need else None for db, need in zip(both, need_rest, strict=False)]
         if projects:
-            assert dh is not None and kept[2] is not None
-            raw = kept[2][d].reshape(rows.total, H)
-            dweights.append(torch.mm(dh[d].t(), raw) if need_rest[-1] else None)
+            assert dh is not None
+            own_raw = raw[d].reshape(rows.total, H)
+            dweights.append(torch.mm(dh[d].t(), own_raw) if need_rest[-1] else None)
     return (dx, dh0 if needs_h0 else None, dc0 if needs_c0 else None, *dweights)
 
 

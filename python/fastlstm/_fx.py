@@ -13,7 +13,7 @@ from torch.nn import Module
 
 def take_as_one(*classes: type[Module]) -> None:
     """Have torch.fx take modules as one node whose forward is that of one of `classes`."""
-    forwards = {cls.forward for cls in classes}
+    forwards = [cls.forward for cls in classes]
     is_leaf_module = torch.fx.Tracer.is_leaf_module
 
     @functools.wraps(is_leaf_module)

@@ -51,15 +51,8 @@ def _checked(
         _tensors.check_batch_sizes(sizes, x.shape[0])
     elif x.dim() == 3 and x.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")  # as nn.LSTM
-    count = len(weights) // directions if directions in (1, 2) else 0
-    right = x.dim() == (2 if sizes else 3) and 2 <= count <= 5
-    right = right and weights[0].dim() == weights[1].dim() == 2
-    if right:
-        hx = None if h0 is None and c0 is None and not sizes else (h0, c0)
-        H, P = weights[0].shape[0] // 4, weights[1].shape[1] if count % 2 else 0
-        N = sizes[0] if sizes else None
-        right = _tensors.fits(x, hx, list(weights), x.shape[-1], H, P, 1, directions, False, 3, N)
-    if not right:
+    right = _tensors.layer_fits(x, h0, c0, weights, directions, sizes)
+    if not right or (sizes and h0 is None):
         given = {"x": x, "h0": h0, "c0": c0, **{f"weights[{k}]": w for k, w in enumerate(weights)}}
         got = (
             f"{name} " + ("None" if t is None else f"{tuple(t.shape)} {t.dtype} {t.device}")
@@ -70,7 +63,10 @@ def _checked(
             "x (T, N, D), h0 (directions, N, P), c0 (directions, N, H) and for each direction "
             f"weights (4H, D), (4H, P), ...; got directions {directions}, {', '.join(got)}"
         )
-    return _torch.rows(x.as_subclass(Tensor)), *_plain(h0, c0), _plain(*weights), sizes
+    x = x.as_subclass(Tensor)
+    if x.stride(-1) != 1 and x.shape[-1] != 1:  # its rows may lie anywhere
+        x = x.contiguous()
+    return x, *_plain(h0, c0), _plain(*weights), sizes
 
 
 # The schemas are written out, since older torch (2.4 to 2.6 at least) cannot read the annotations.
@@ -146,16 +142,12 @@ def layer_backward(
             "fastlstm::layer_backward: expected needed to tell of x, h0, c0 and each weight, "
             f"{len(inputs)} in all, and False of a state of None, got {list(needed)}"
         )
-    of_y, *others = _torch.result_shapes(x, packed, directions, sizes)
-    expected = [of_y, *others[:2], of_y, *others[2:]]
     given = [grad_y, grad_h, grad_c, y, *kept]
-    if len(given) != len(expected) or any(
-        tensor is not None and (tensor.shape, tensor.dtype) != (shape, x.dtype)
-        for tensor, shape in zip(given, expected, strict=True)
-    ):
+    if not _tensors.backward_fits(x, packed, directions, sizes, given):
+        shapes = _tensors.result_shapes(x, packed, directions, sizes)
         raise RuntimeError(
-            "fastlstm::layer_backward: expected grad_y, grad_h, grad_c, y and what was kept "
-            f"of shapes {expected} and {x.dtype}, "
+            "fastlstm::layer_backward: expected grad_y, grad_h, grad_c, and y and what was kept, "
+            f"of the shapes of y, h_n, c_n and what was kept, {shapes}, and {x.dtype}, "
             f"got {[t if t is None else (tuple(t.shape), t.dtype) for t in given]}"
         )
     y, gates, cells, raw = (*_plain(y, *kept), None)[:4]

@@ -105,6 +105,59 @@ def fits(
     )
 
 
+def layer_fits(
+    x: Any,
+    h0: Any,
+    c0: Any,
+    weights: Sequence[Any],
+    directions: int,
+    batch_sizes: Sequence[int],
+) -> bool:
+    """Say what `fits` says, of one layer: of x (T, N, D) or, where it is ragged, (rows, D)."""
+    count = len(weights) // directions if directions in (1, 2) else 0
+    if x.dim() != (2 if batch_sizes else 3) or not 2 <= count <= 5:
+        return False
+    if weights[0].dim() != 2 or weights[1].dim() != 2:
+        return False
+    if batch_sizes and sum(batch_sizes) != x.shape[0]:
+        return False
+    hx = None if h0 is None and c0 is None else (h0, c0)
+    H, P = weights[0].shape[0] // 4, weights[1].shape[1] if count % 2 else 0
+    N = batch_sizes[0] if batch_sizes else None
+    return fits(x, hx, list(weights), x.shape[-1], H, P, 1, directions, False, 3, N)
+
+
+def result_shapes(
+    x: Tensor, weights: Sequence[Tensor], directions: int, batch_sizes: Sequence[int]
+) -> tuple[tuple[Any, ...], ...]:
+    """Return the shapes of y, h_n, c_n, gates, cells and, with a projection, h before it."""
+    *time, _ = x.shape
+    N = batch_sizes[0] if batch_sizes else time[1]
+    four_h, P = weights[1].shape
+    H = four_h // 4
+    cells = (directions, *time, H)
+    gates = (directions, *time, 4 * H)
+    results = (*time, directions * P), (directions, N, P), (directions, N, H), gates, cells
+    projects = len(weights) // directions % 2 == 1
+    return (*results, cells) if projects else results
+
+
+def backward_fits(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    directions: int,
+    batch_sizes: Sequence[int],
+    tensors: Sequence[Tensor | None],
+) -> bool:
+    """Say whether the gradients of y, h_n and c_n, y and what was kept are such a layer's."""
+    of_y, *others = result_shapes(x, weights, directions, batch_sizes)
+    shapes = [of_y, *others[:2], of_y, *others[2:]]
+    return len(tensors) == len(shapes) and all(
+        tensor is None or (tensor.shape, tensor.dtype, tensor.device) == (shape, x.dtype, x.device)
+        for tensor, shape in zip(tensors, shapes, strict=True)
+    )
+
+
 def check_batch_sizes(sizes: list[int], rows: int) -> None:
     """Raise where the batch sizes of a PackedSequence, which anyone can make, are wrong."""
     right = sizes and all(a >= b for a, b in zip(sizes, [*sizes[1:], 1], strict=True))

@@ -1,6 +1,7 @@
 """Layers and steps of an LSTM on torch tensors: their memory, the kernels and the autograd nodes.
 
-Every tensor that comes here is one of `_core.fits`.
+Every tensor that comes here is one of `_core.fits`, but for what hooks give back of saved tensors:
+the backward pass checks it.
 """
 
 from __future__ import annotations
@@ -13,25 +14,18 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import _composite, _core, _steps
+from . import _composite, _core, _steps, _tensors
 from ._steps import Node, Steps
 
 Grads = tuple[Tensor | None, ...]
 Kept = tuple[Tensor | None, Tensor | None, Tensor | None]  # gates, cells, h before projection
 
 
-def rows(tensor: Tensor) -> Tensor:
-    """Return a tensor with its rows contiguous: a copy if they are not."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
 def gradient(grad: Tensor | None) -> Tensor | None:
-    """Return a gradient that arrived as the kernels read it; None is zeros."""
+    """Return a gradient that arrived, of no subclass; None is zeros."""
     if grad is None or grad._is_zerotensor():
         return None
-    if type(grad) is not Tensor:
-        grad = grad.as_subclass(Tensor)
-    return grad.resolve_neg()
+    return grad if type(grad) is Tensor else grad.as_subclass(Tensor)
 
 
 def run_forward(
@@ -59,26 +53,11 @@ def run_forward(
     return y, h_n, c_n, tuple(kept)
 
 
-def result_shapes(
-    x: Tensor, weights: Sequence[Tensor], directions: int, batch_sizes: Sequence[int]
-) -> tuple[tuple[Any, ...], ...]:
-    """Return the shapes of y, h_n, c_n, gates, cells and, with a projection, h before it."""
-    *time, _ = x.shape
-    N = batch_sizes[0] if batch_sizes else time[1]
-    four_h, P = weights[1].shape
-    H = four_h // 4
-    cells = (directions, *time, H)
-    gates = (directions, *time, 4 * H)
-    results = (*time, directions * P), (directions, N, P), (directions, N, H), gates, cells
-    projects = len(weights) // directions % 2 == 1
-    return (*results, cells) if projects else results
-
-
 def new_results(
     x: Tensor, weights: list[Tensor], directions: int, batch_sizes: Sequence[int], keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Kept]:
     """Return memory for what :func:`run_forward` returns, for tracers and CUDA."""
-    shapes = result_shapes(x, weights, directions, batch_sizes)
+    shapes = _tensors.result_shapes(x, weights, directions, batch_sizes)
     y, h_n, c_n, *kept = (x.new_empty(shape) for shape in (shapes if keep else shapes[:3]))
     gates, cells, raw = (*kept, None, None, None)[:3]
     return y, h_n, c_n, (gates, cells, raw)

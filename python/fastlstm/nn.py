@@ -128,8 +128,8 @@ class LSTM(torch.nn.LSTM):
     `torch.onnx.export` the LSTM operator of ONNX, `torch.fx` one node. `torch.func` and autograd of
     any order work, on the kernels for `grad`, `vjp`, `jacrev` and `vmap`; forward mode and
     derivatives of derivatives are composed of operators of torch. Other devices and jit tracing run
-    as in `torch.nn.LSTM`, jit scripting compiles that, and CUDA is its own unless
-    FASTLSTM_CUDA_KERNELS=1 stands in the environment; see :func:`explain`.
+    as in `torch.nn.LSTM`, and so does CUDA unless FASTLSTM_CUDA_KERNELS=1 stands in the
+    environment; see :func:`explain`. Scripting puts `torch.nn.LSTM` in its place.
     """
 
     __prepare_scriptable__ = _for_script
