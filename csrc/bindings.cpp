@@ -487,9 +487,9 @@ class Saved {
 
   // The array of a tensor or None: of x's dtype and of this shape, from which sizes below zero are
   // left out. Contiguous or, with `strided`, only its rows.
-  Array operator()(py::handle tensor, const std::string& name, std::initializer_list<int64_t> shape,
+  Array operator()(py::handle tensor, const char* name, std::initializer_list<int64_t> shape,
                    bool strided = false) {
-    Array array = array_of(tensor, name.c_str());
+    Array array = array_of(tensor, name);
     if (tensor.is_none()) return array;
     Array fitting = x_;
     fitting.dims = 0;
@@ -500,7 +500,7 @@ class Saved {
       refuse(name, described(fitting), described(array));
     if ((strided ? array.has_rows() : array.packed()) && !negated(tensor)) return array;
     copies_.push_back(tensor.attr("resolve_neg")().attr("contiguous")());
-    return array_of(copies_.back(), name.c_str());
+    return array_of(copies_.back(), name);
   }
 
  private:
@@ -523,7 +523,7 @@ py::tuple run_layer_backward(py::handle x, py::handle h0, py::handle c0, const p
        std::accumulate(batch_sizes.begin(), batch_sizes.end(), int64_t(0)) != input.shape[0]))
     refuse("x", "(T, N, D), (rows, D) or (N, D)", described(input));
   const auto per = weights.size() / size_t(directions);
-  const Array w_ih = array_of(weights[0], "weights[0]"), w_hh = array_of(weights[1], "weights[1]");
+  const Array w_ih = array_of(weights[0], "weight_ih"), w_hh = array_of(weights[1], "weight_hh");
   const auto one = [](int64_t size) { return std::max<int64_t>(size, 1); };  // only N may be 0
   const int64_t D = one(input.shape[input.dims - 1]), H = one(w_ih.shape[0] / 4);
   const int64_t P = per % 2 ? one(w_hh.shape[1]) : H;
@@ -539,11 +539,10 @@ py::tuple run_layer_backward(py::handle x, py::handle h0, py::handle c0, const p
                    saved(c0, "c0", {lead, N, H})};
   for (size_t k = 0; k < weights.size(); ++k) {
     const size_t kind = k % per;
-    const std::string name = "weights[" + std::to_string(k) + "]";
-    inputs.push_back(kind == 0              ? saved(weights[k], name, {4 * H, D})
-                     : kind == 1            ? saved(weights[k], name, {4 * H, P})
-                     : kind < 4 && per >= 4 ? saved(weights[k], name, {4 * H})
-                                            : saved(weights[k], name, {P, H}));
+    inputs.push_back(kind == 0              ? saved(weights[k], "weight_ih", {4 * H, D})
+                     : kind == 1            ? saved(weights[k], "weight_hh", {4 * H, P})
+                     : kind < 4 && per >= 4 ? saved(weights[k], "bias", {4 * H})
+                                            : saved(weights[k], "weight_hr", {P, H}));
   }
   const Array output = saved(y, "y", {T, batch, directions * P});
   const Array kept[] = {saved(gates, "gates", {lead, T, batch, 4 * H}),
