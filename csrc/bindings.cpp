@@ -284,8 +284,11 @@ bool read(py::handle x, py::handle state, py::handle weights, const Made& made, 
   if (double(T) * double(N + 1) * double(D + directions * H + 64) > 1e15) return false;
   const int64_t output = made.output();
 
+  // One whose items are also what it is unpacked to.
   const auto pair = [](py::handle object) {
-    return (PyTuple_Check(object.ptr()) || PyList_Check(object.ptr())) &&
+    const auto iter = Py_TYPE(object.ptr())->tp_iter;
+    return ((PyTuple_Check(object.ptr()) && iter == PyTuple_Type.tp_iter) ||
+            (PyList_Check(object.ptr()) && iter == PyList_Type.tp_iter)) &&
            PySequence_Fast_GET_SIZE(object.ptr()) == 2;
   };
   if (!state.is_none()) {

@@ -45,11 +45,12 @@ class LayerTape:
     ) -> None:
         T, N, width = y.shape
         H = width // directions
-        self._x = x
-        self._weights = weights
-        self._h0 = h0
-        self._c0 = c0
-        self._y = y
+        # Views: the caller may give an array of his another shape or dtype in place.
+        self._x = x.view()
+        self._weights = [None if weight is None else weight.view() for weight in weights]
+        self._h0 = None if h0 is None else h0.view()
+        self._c0 = None if c0 is None else c0.view()
+        self._y = y.view()
         self._reverse = reverse
         self._gates = _memory_to_keep((directions, T, N, 4 * H), y.dtype)
         self._cells = _memory_to_keep((directions, T, N, H), y.dtype)
@@ -113,11 +114,11 @@ def run_backward(
     dc0 = np.empty((directions, N, H), dtype)
     dweights = [None if w is None else np.empty(w.shape, dtype) for w in tape._weights]
     _core.backward(
-        tape._x,
+        _check.rows(tape._x),  # a copy of a tape may have other strides
         tape._h0,
         tape._c0,
         tape._weights,
-        tape._y,
+        _check.rows(tape._y),
         tape._gates,
         tape._cells,
         None,

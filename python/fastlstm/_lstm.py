@@ -29,7 +29,7 @@ class Tape:
     the returned `y` must stay unchanged until the backward call.
     """
 
-    __slots__ = ("_batched", "_layers", "_owner", "_y_shape")
+    __slots__ = ("_batch_first", "_batched", "_layers", "_owner", "_y_shape")
 
     def __init__(
         self,
@@ -41,6 +41,7 @@ class Tape:
         self._owner = owner
         self._layers = layers
         self._batched = batched
+        self._batch_first = owner.batch_first and batched
         self._y_shape = y_shape
 
 
@@ -259,6 +260,11 @@ class LSTM:
 
     def _checked_weights(self) -> list[Any]:
         D, H = self.input_size, self.hidden_size
+        if self.num_layers != len(self._suffixes):
+            raise ValueError(
+                f"num_layers: expected {len(self._suffixes)}, of which there are weights, "
+                f"got {self.num_layers}"
+            )
         checked = []
         for layer, suffixes in enumerate(self._suffixes):
             inputs = D if layer == 0 else self._directions * H
@@ -302,15 +308,15 @@ class LSTM:
             raise TypeError(f"tape: expected the Tape of LSTM.forward, got {type(tape).__name__}")
         if tape._owner is not self:
             raise ValueError("tape: expected one from forward() of this LSTM, got another LSTM's")
-        H, dtype = self.hidden_size, self.dtype
-        N = tape._layers[0]._y.shape[1]
-        count = self.num_layers * self._directions
+        layers, dtype = len(tape._layers), tape._layers[0]._y.dtype
+        directions, _, N, H = tape._layers[0]._cells.shape
+        count = layers * directions
         grad: Array | None = None
         if grad_y is not None:
             grad = _check.shaped("grad_y", grad_y, tape._y_shape, dtype)
             if not tape._batched:
                 grad = grad[:, None]
-            elif self.batch_first:
+            elif tape._batch_first:
                 grad = grad.transpose(1, 0, 2)
         grad_h, grad_c = check_grad_state(
             grad_state, (count, N, H) if tape._batched else (count, H), dtype
@@ -321,8 +327,8 @@ class LSTM:
             grad_c = grad_c.reshape(count, N, H)
         h0, c0 = np.empty((count, N, H), dtype), np.empty((count, N, H), dtype)
         weights: list[Any] = []
-        for layer in reversed(range(self.num_layers)):
-            own = slice(layer * self._directions, (layer + 1) * self._directions)
+        for layer in reversed(range(layers)):
+            own = slice(layer * directions, (layer + 1) * directions)
             grads = run_backward(
                 tape._layers[layer],
                 grad,
@@ -335,7 +341,7 @@ class LSTM:
         assert grad is not None
         if not tape._batched:
             grad, h0, c0 = grad[:, 0], h0[:, 0], c0[:, 0]
-        elif self.batch_first:
+        elif tape._batch_first:
             grad = grad.transpose(1, 0, 2)
         return Gradients(grad, h0, c0, dict(zip(self._names, weights, strict=True)))
 

@@ -61,6 +61,8 @@ class Steps:
         left = self._left.get(task)
         if left is None:
             left = self._left[task] = _Left()
+        # Detached: they would hold the graph before them, and that this object, beyond an error.
+        x, h = x.detach(), h.detach()
         left.factors.append((x, h, dz))
         left.versions.append(_versions(x, h))
         left.rows += x.shape[0]
