@@ -433,39 +433,6 @@ py::object infer(py::handle x, py::handle state, py::handle weights, int64_t D, 
   return py::make_tuple(results[0], last);
 }
 
-// One layer, or a step of a cell, whose x (N, D) has no time, on torch tensors that the kernels can
-// read: y, h_n, c_n and, with `keep`, gates, cells and h before a projection. See
-// _torch.run_forward. Of a cell y is h, and there is no h_n.
-py::tuple run_layer(py::handle x, py::handle h0, py::handle c0, const py::list& given,
-                    int directions, const std::vector<int64_t>& batch_sizes, bool keep,
-                    int threads) {
-  // Read here: pybind11's own error would show tensors, which ends in a crash where one has lost
-  // its memory.
-  const Array input = array_of(x, "x"), h = array_of(h0, "h0"), c = array_of(c0, "c0");
-  Arrays weights;
-  for (const py::handle weight : given) weights.push_back(array_of(weight, "weights"));
-  const bool ragged = !batch_sizes.empty(), cell = input.dims == 2 && !ragged;
-  const int64_t H = weights[0].shape[0] / 4, P = weights[1].shape[1];
-  const int64_t N = ragged ? batch_sizes[0] : input.shape[input.dims - 2];
-  const int64_t T = cell ? -1 : input.shape[0], batch = ragged ? -1 : N;
-  const int64_t lead = cell ? -1 : directions;
-  Array y, h_n, c_n, gates, cells, raw;
-  py::tuple found(6);
-  for (size_t k = 0; k < found.size(); ++k) found[k] = py::none();
-  found[0] = new_tensor(x, input.itemsize, {T, batch, directions * P}, &y);
-  if (!cell) found[1] = new_tensor(x, input.itemsize, {lead, N, P}, &h_n);
-  found[2] = new_tensor(x, input.itemsize, {lead, N, H}, &c_n);
-  if (keep) {
-    found[3] = new_tensor(x, input.itemsize, {lead, T, batch, 4 * H}, &gates, true);
-    found[4] = new_tensor(x, input.itemsize, {lead, T, batch, H}, &cells, true);
-    if (weights.size() / size_t(directions) % 2)
-      found[5] = new_tensor(x, input.itemsize, {lead, T, batch, H}, &raw, true);
-  }
-  run_forward(input, h, c, std::move(weights), y, h_n, c_n, gates, cells, raw, batch_sizes, false,
-              threads);
-  return found;
-}
-
 std::string described(const Array& array) {
   std::string text = array.itemsize == 8   ? "float64"
                      : array.itemsize == 4 ? "float32"
@@ -475,18 +442,46 @@ std::string described(const Array& array) {
   return text + (array.dims ? ")" : " ()");
 }
 
-[[noreturn]] void refuse(const std::string& name, const std::string& expected,
-                         const std::string& got) {
-  throw std::runtime_error(name + ": expected in the backward pass as it was in the forward one, " +
-                           expected + ", got " + got);
-}
-
-// The tensors of a backward pass as the kernels read them. They may differ from those that the
-// forward pass saved: hooks of saved tensors give back what they like, and whoever has a parameter
-// can set its `data` in between.
-class Saved {
+// The tensors of a layer or a cell as the kernels read them. They may differ from those that were
+// checked when a call began, or that the forward pass saved: hooks of saved tensors give back what
+// they like, and whoever has a parameter can set its `data` there or between the passes.
+class Given {
  public:
-  explicit Saved(const Array& x) : x_(x) {}
+  // What all is measured by: x (T, N, D), (rows, D) where ragged, or of a cell (N, D); W_ih, W_hh.
+  Given(py::handle x, const py::list& weights, int directions,
+        const std::vector<int64_t>& batch_sizes, bool backward)
+      : backward_(backward), per_(weights.size() / size_t(directions)), x_(array_of(x, "x")) {
+    const bool ragged = !batch_sizes.empty(), cell = x_.dims == 2 && !ragged;
+    if (x_.dims != (cell || ragged ? 2 : 3) ||
+        (ragged &&
+         std::accumulate(batch_sizes.begin(), batch_sizes.end(), int64_t(0)) != x_.shape[0]))
+      refuse("x", "(T, N, D), (rows, D) or (N, D)", x_);
+    const auto one = [](int64_t size) { return std::max<int64_t>(size, 1); };  // only N may be 0
+    D = one(x_.shape[x_.dims - 1]);
+    H = one(array_of(weights[0], "weight_ih").shape[0] / 4);
+    P = per_ % 2 ? one(array_of(weights[1], "weight_hh").shape[1]) : H;
+    N = ragged ? batch_sizes[0] : x_.shape[x_.dims - 2];
+    T = cell ? -1 : one(x_.shape[0]);
+    batch = ragged ? -1 : N;
+    lead = cell ? -1 : directions;
+  }
+  // As shapes: T and batch of an array over time, lead of a state; below zero they are left out.
+  int64_t T, N, D, H, P, batch, lead;
+  bool cell() const { return lead < 0; }
+  int itemsize() const { return x_.itemsize; }
+
+  Arrays inputs(py::handle x, py::handle h0, py::handle c0, const py::list& weights) {
+    Arrays found = {(*this)(x, "x", {T, batch, D}, true), (*this)(h0, "h0", {lead, N, P}),
+                    (*this)(c0, "c0", {lead, N, H})};
+    for (size_t k = 0; k < weights.size(); ++k) {
+      const size_t kind = k % per_;
+      found.push_back(kind == 0               ? (*this)(weights[k], "weight_ih", {4 * H, D})
+                      : kind == 1             ? (*this)(weights[k], "weight_hh", {4 * H, P})
+                      : kind < 4 && per_ >= 4 ? (*this)(weights[k], "bias", {4 * H})
+                                              : (*this)(weights[k], "weight_hr", {P, H}));
+    }
+    return found;
+  }
 
   // The array of a tensor or None: of x's dtype and of this shape, from which sizes below zero are
   // left out. Contiguous or, with `strided`, only its rows.
@@ -500,16 +495,54 @@ class Saved {
       if (size >= 0) fitting.shape[fitting.dims++] = size;
     if (!array.same_dtype(x_) || array.dims != fitting.dims ||
         !std::equal(array.shape, array.shape + array.dims, fitting.shape))
-      refuse(name, described(fitting), described(array));
+      refuse(name, described(fitting), array);
     if ((strided ? array.has_rows() : array.packed()) && !negated(tensor)) return array;
     copies_.push_back(tensor.attr("resolve_neg")().attr("contiguous")());
     return array_of(copies_.back(), name);
   }
 
  private:
+  [[noreturn]] void refuse(const std::string& name, const std::string& expected,
+                           const Array& got) const {
+    throw std::runtime_error(name + ": expected " +
+                             (backward_ ? "in the backward pass as it was in the forward one, "
+                                        : "as it was when the call began, ") +
+                             expected + ", got " + described(got));
+  }
+
+  const bool backward_;
+  const size_t per_;  // weights of a direction
   const Array x_;
   std::vector<py::object> copies_;
 };
+
+// One layer, or a step of a cell, whose x (N, D) has no time, on torch tensors that the kernels can
+// read: y, h_n, c_n and, with `keep`, gates, cells and h before a projection. See
+// _torch.run_forward. Of a cell y is h, and there is no h_n.
+py::tuple run_layer(py::handle x, py::handle h0, py::handle c0, const py::list& weights,
+                    int directions, const std::vector<int64_t>& batch_sizes, bool keep,
+                    int threads) {
+  Given given(x, weights, directions, batch_sizes, false);
+  const Arrays inputs = given.inputs(x, h0, c0, weights);
+  const int itemsize = given.itemsize();
+  const int64_t T = given.T, N = given.N, H = given.H, P = given.P;
+  const int64_t batch = given.batch, lead = given.lead;
+  Array y, h_n, c_n, gates, cells, raw;
+  py::tuple found(6);
+  for (size_t k = 0; k < found.size(); ++k) found[k] = py::none();
+  found[0] = new_tensor(x, itemsize, {T, batch, directions * P}, &y);
+  if (!given.cell()) found[1] = new_tensor(x, itemsize, {lead, N, P}, &h_n);
+  found[2] = new_tensor(x, itemsize, {lead, N, H}, &c_n);
+  if (keep) {
+    found[3] = new_tensor(x, itemsize, {lead, T, batch, 4 * H}, &gates, true);
+    found[4] = new_tensor(x, itemsize, {lead, T, batch, H}, &cells, true);
+    if (weights.size() / size_t(directions) % 2)
+      found[5] = new_tensor(x, itemsize, {lead, T, batch, H}, &raw, true);
+  }
+  run_forward(inputs[0], inputs[1], inputs[2], {inputs.begin() + 3, inputs.end()}, y, h_n, c_n,
+              gates, cells, raw, batch_sizes, false, threads);
+  return found;
+}
 
 // The gradients of x, h0, c0 and the weights that are `needed`, None for the others, from what
 // run_layer was given and returned; then, with `keep_dz`, that of the pre-activations of a single
@@ -519,42 +552,22 @@ py::tuple run_layer_backward(py::handle x, py::handle h0, py::handle c0, const p
                              py::handle grad_y, py::handle grad_h, py::handle grad_c, py::handle dx,
                              const std::vector<bool>& needed, bool keep_dz, int directions,
                              const std::vector<int64_t>& batch_sizes, int threads) {
-  const Array input = array_of(x, "x");
-  const bool ragged = !batch_sizes.empty(), cell = input.dims == 2 && !ragged;
-  if (input.dims != (cell || ragged ? 2 : 3) ||
-      (ragged &&
-       std::accumulate(batch_sizes.begin(), batch_sizes.end(), int64_t(0)) != input.shape[0]))
-    refuse("x", "(T, N, D), (rows, D) or (N, D)", described(input));
-  const auto per = weights.size() / size_t(directions);
-  const Array w_ih = array_of(weights[0], "weight_ih"), w_hh = array_of(weights[1], "weight_hh");
-  const auto one = [](int64_t size) { return std::max<int64_t>(size, 1); };  // only N may be 0
-  const int64_t D = one(input.shape[input.dims - 1]), H = one(w_ih.shape[0] / 4);
-  const int64_t P = per % 2 ? one(w_hh.shape[1]) : H;
-  const int64_t N = ragged ? batch_sizes[0] : input.shape[input.dims - 2];
-  const int64_t T = cell ? -1 : one(input.shape[0]), batch = ragged ? -1 : N;
-  const int64_t lead = cell ? -1 : directions;
+  Given given(x, weights, directions, batch_sizes, true);
+  const Arrays inputs = given.inputs(x, h0, c0, weights);
+  const int itemsize = given.itemsize();
+  const int64_t T = given.T, N = given.N, H = given.H, P = given.P;
+  const int64_t batch = given.batch, lead = given.lead;
+  const Array output = given(y, "y", {T, batch, directions * P});
+  const Array kept[] = {given(gates, "gates", {lead, T, batch, 4 * H}),
+                        given(cells, "cells", {lead, T, batch, H}),
+                        given(raw, "h before the projection", {lead, T, batch, H})};
+  const Array due[] = {given(grad_y, "grad_y", {T, batch, directions * P}, true),
+                       given(grad_h, "grad_h", {lead, N, P}),
+                       given(grad_c, "grad_c", {lead, N, H})};
 
-  Saved saved(input);
-  const size_t count = 3 + weights.size();
-  std::vector<py::handle> given = {x, h0, c0};
-  given.insert(given.end(), weights.begin(), weights.end());
-  Arrays inputs = {saved(x, "x", {T, batch, D}, true), saved(h0, "h0", {lead, N, P}),
-                   saved(c0, "c0", {lead, N, H})};
-  for (size_t k = 0; k < weights.size(); ++k) {
-    const size_t kind = k % per;
-    inputs.push_back(kind == 0              ? saved(weights[k], "weight_ih", {4 * H, D})
-                     : kind == 1            ? saved(weights[k], "weight_hh", {4 * H, P})
-                     : kind < 4 && per >= 4 ? saved(weights[k], "bias", {4 * H})
-                                            : saved(weights[k], "weight_hr", {P, H}));
-  }
-  const Array output = saved(y, "y", {T, batch, directions * P});
-  const Array kept[] = {saved(gates, "gates", {lead, T, batch, 4 * H}),
-                        saved(cells, "cells", {lead, T, batch, H}),
-                        saved(raw, "h before the projection", {lead, T, batch, H})};
-  const Array due[] = {saved(grad_y, "grad_y", {T, batch, directions * P}, true),
-                       saved(grad_h, "grad_h", {lead, N, P}),
-                       saved(grad_c, "grad_c", {lead, N, H})};
-
+  std::vector<py::handle> of = {x, h0, c0};
+  of.insert(of.end(), weights.begin(), weights.end());
+  const size_t count = of.size();
   py::tuple found(count + keep_dz);
   Arrays grads(count);
   Array dz;
@@ -566,11 +579,11 @@ py::tuple run_layer_backward(py::handle x, py::handle h0, py::handle c0, const p
       grads[k] = array_of(dx, "dx");
       found[k] = dx;
     } else {
-      found[k] = new_tensor(given[k], input.itemsize, {size(0), size(1), size(2), size(3)},
-                            &grads[k], k >= 3);
+      found[k] =
+          new_tensor(of[k], itemsize, {size(0), size(1), size(2), size(3)}, &grads[k], k >= 3);
     }
   }
-  if (keep_dz) found[count] = new_tensor(x, input.itemsize, {N, 4 * H}, &dz, true);
+  if (keep_dz) found[count] = new_tensor(x, itemsize, {N, 4 * H}, &dz, true);
   run_backward(inputs[0], inputs[1], inputs[2], {inputs.begin() + 3, inputs.end()}, output, kept[0],
                kept[1], kept[2], due[0], due[1], due[2], grads[0], {grads.begin() + 3, grads.end()},
                grads[1], grads[2], dz, batch_sizes, false, threads);
@@ -585,7 +598,8 @@ py::list weight_gradients(const Array& x, const Array& h, py::handle dz,
   const Array z = array_of(dz, "dz");
   for (const Array& factor : {x, h})
     if (factor.dims != 2 || factor.shape[0] != z.shape[0] || !factor.same_dtype(z))
-      refuse("x or h", "rows as many as dz, " + described(z), described(factor));
+      throw std::runtime_error("x or h of a step: expected as many rows as " + described(z) +
+                               ", got " + described(factor));
   const int64_t columns[] = {x.shape[1], h.shape[1], -1, -1};
   py::list found;
   Arrays weights(needed.size()), grads(needed.size());

@@ -1331,6 +1331,32 @@ def test_other_data_between_forward_and_backward(cell):
             loss.backward()
 
 
+def test_other_data_between_layers():
+    """Set by a hook that saves what the layer below keeps."""
+    module = fastlstm.nn.LSTM(D, H, 2)
+
+    def pack(tensor):
+        module.weight_hh_l1.data = torch.zeros(4)
+        return tensor
+
+    x = leaf(T, N, D)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        pytest.raises(RuntimeError, match="weight_hh: expected as it was when the call began"),
+    ):
+        module(x)
+
+
+def test_a_state_that_unpacks_to_others():
+    class State(tuple):
+        def __iter__(self):
+            return iter((torch.ones(1), torch.ones(1)))
+
+    ours, theirs = pair(D, H)
+    state = State((leaf(1, N, H), leaf(1, N, H)))
+    assert_same_outcome(lambda: ours(leaf(T, N, D), state), lambda: theirs(leaf(T, N, D), state))
+
+
 @pytest.mark.parametrize("cell", [False, True])
 def test_weights_that_lost_their_memory(cell):
     """An error, where torch's own modules end the process."""

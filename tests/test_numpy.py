@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import NamedTuple
 
@@ -685,7 +686,6 @@ def test_state_dict_crosses_to_torch_and_back(torch, config, dtype, rng):
 
 
 def test_pickle_and_copy(dtype, rng):
-    import copy
     import pickle
 
     config = Config(2, True, True, "batch first")
@@ -695,6 +695,54 @@ def test_pickle_and_copy(dtype, rng):
         assert_same_bits(twin(x, state)[0], rnn(x, state)[0])
         twin.weights["bias_hh_l0"][...] = 0
         assert rnn.weights["bias_hh_l0"].any()
+
+
+@pytest.mark.parametrize("change", ["shape", "dtype"])
+def test_arrays_that_change_in_place_before_backward(change, rng):
+    """The tape keeps views, which a caller cannot give another shape or dtype."""
+    config = Config(2, True, True, "batch first")
+    rnn = config.build(dtype=np.float32)
+    x, state, *_ = config.inputs(rng, np.float32)
+    y, _, tape = rnn.forward(x, state)
+    grad_y = np.ones_like(y)
+    expected = rnn.backward(tape, grad_y)
+    for array in (x, *state, *rnn.weights.values()):
+        if change == "shape":
+            array.shape = (array.size,)
+        else:
+            array.dtype = np.int32
+    for a, e in zip(rnn.backward(tape, grad_y), expected, strict=True):
+        if isinstance(a, dict):
+            a, e = (
+                np.concatenate([*map(np.ravel, a.values())]),
+                np.concatenate([*map(np.ravel, e.values())]),
+            )
+        assert_same_bits(a, e)
+
+
+def test_a_copied_tape(rng):
+    """A copy of an array with strides of zero has others."""
+    rnn = fastlstm.LSTM(3, 16, rng=0)
+    x = np.broadcast_to(rng.standard_normal((1, 2, 3)).astype(np.float32), (7, 2, 3))
+    y, _, tape = rnn.forward(x)
+    twin, copied = copy.deepcopy((rnn, tape))
+    expected = rnn.backward(tape, np.ones_like(y)).weights
+    for name, grad in twin.backward(copied, np.ones_like(y)).weights.items():
+        assert_same_bits(grad, expected[name], name)
+
+
+def test_attributes_that_change():
+    rnn = fastlstm.LSTM(3, 5, rng=0)
+    x = np.ones((7, 2, 3), np.float32)
+    y, _, tape = rnn.forward(x)
+    expected = rnn.backward(tape, np.ones_like(y)).x
+    rnn.batch_first = True
+    assert_same_bits(rnn.backward(tape, np.ones_like(y)).x, expected)
+    for num_layers in (0, 3):
+        rnn.num_layers = num_layers
+        for run in (rnn, rnn.forward):
+            with pytest.raises(ValueError, match=f"num_layers: expected 1.*got {num_layers}"):
+                run(x)
 
 
 def test_attributes_and_repr():

@@ -513,6 +513,25 @@ def test_a_graph_and_its_node_live_as_long_as_its_steps():
     assert graph() is None and node() is None  # at once: there is no cycle
 
 
+def test_an_error_on_the_way_keeps_no_graph():
+    """What the steps left to the pass that ended would hold it, in a cycle that nobody sees."""
+    ours, _ = twins(True)
+    x, state = inputs(ours)
+    y, last = steps(ours, x[:3], state)
+
+    def stop(grad):
+        raise KeyError
+
+    last[0].register_hook(stop)
+    z, last = steps(ours, x[3:], last)
+    node = weakref.ref(last[0].grad_fn.graph.node)
+    with pytest.raises(KeyError):
+        z.sum().backward()
+    del y, z, last
+    gc.collect()
+    assert node() is None
+
+
 def test_threads_may_call_and_go_backward_at_once():
     ours, theirs = twins(True)
     x, state = inputs(ours)
