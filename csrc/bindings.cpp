@@ -1,7 +1,6 @@
 // The pybind11 module: turns Python arguments into the structs of lstm.h, releases the GIL,
-// calls. It checks what a caller passes in one place, read(), and what torch gives back to a
-// backward pass in another, Saved; the rest trusts what python/fastlstm/ checked. For torch it
-// allocates too.
+// calls. It checks what a caller passes in one place, read(), and what may have changed since in
+// another, Given; the rest trusts what python/fastlstm/ checked. For torch it allocates too.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -41,7 +41,7 @@ class Tape:
         self._owner = owner
         self._layers = layers
         self._batched = batched
-        self._batch_first = owner.batch_first and batched
+        self._batch_first = owner.batch_first
         self._y_shape = y_shape
 
 

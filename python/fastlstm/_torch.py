@@ -1,7 +1,7 @@
 """Layers and steps of an LSTM on torch tensors: their memory, the kernels and the autograd nodes.
 
-Every tensor that comes here is one of `_core.fits`, but for what hooks give back of saved tensors:
-the backward pass checks it.
+Every tensor that comes here is one of `_core.fits`, unless a hook or a change of `data` has
+replaced it since: both passes check that.
 """
 
 from __future__ import annotations
