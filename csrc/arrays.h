@@ -3,6 +3,7 @@
 #pragma once
 
 #include <pybind11/numpy.h>
+#include <sys/auxv.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -120,6 +121,15 @@ inline bool view_numpy(py::handle object, Array* out) {
   return true;
 }
 
+// Whether a tensor has memory where it says. A view with an offset into a storage that was given
+// back has an address, too, but one below all of the program: only there torch is asked.
+inline bool in_memory(py::handle tensor, const Array& array) {
+  static const uintptr_t program = getauxval(AT_PHDR);
+  if (!array.data || array.empty()) return array.empty();
+  return uintptr_t(array.data) >= program ||
+         tensor.attr("untyped_storage")().attr("nbytes")().cast<int64_t>() > 0;
+}
+
 inline bool view_dlpack(py::handle object, Array* out) {
   dlpack::Tensor tensor;
   if (torch.exchange->view(object.ptr(), &tensor)) {
@@ -140,7 +150,7 @@ inline bool view_dlpack(py::handle object, Array* out) {
     out->shape[d] = tensor.shape[d];
     out->step[d] = tensor.strides[d];
   }
-  return out->data || out->empty();  // a tensor of zeros may have no memory at all
+  return in_memory(object, *out);  // a tensor of zeros may have none at all
 }
 
 // For a torch older than its exchange table.
@@ -160,7 +170,7 @@ inline bool view_attributes(py::handle object, Array* out) {
     out->shape[d] = shape[size_t(d)].cast<int64_t>();
     out->step[d] = strides[size_t(d)].cast<int64_t>();
   }
-  return out->data || out->empty();
+  return in_memory(object, *out);
 }
 
 }  // namespace detail

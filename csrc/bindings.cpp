@@ -15,6 +15,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
+#include "gil.h"
 #include "half.h"
 #include "lstm.h"
 #include "plan.h"
@@ -157,7 +158,7 @@ void run_parts(Array x, Array h0, Array c0, Arrays weights, Array y, Array h_n, 
 void run_forward(Array x, Array h0, Array c0, Arrays weights, Array y, Array h_n, Array c_n,
                  Array gates, Array cells, Array raw, const std::vector<int64_t>& batch_sizes,
                  bool reverse, int threads) {
-  py::gil_scoped_release release;
+  const GilReleased released;
   const int directions = int(y.shape[y.dims - 1] / weights[1].shape[1]);
   const int parts = h_n.dims == 3 ? int(h_n.shape[0]) : 1;
   run_parts(x, h0, c0, std::move(weights), y, h_n, c_n, gates, cells, raw, batch_sizes, reverse,
@@ -168,7 +169,7 @@ void run_backward(Array x, Array h0, Array c0, const Arrays& weights, Array y, A
                   Array cells, Array raw, Array grad_y, Array grad_h, Array grad_c, Array dx,
                   Arrays dweights, Array dh0, Array dc0, const Array& dz,
                   const std::vector<int64_t>& batch_sizes, bool reverse, int threads) {
-  py::gil_scoped_release release;
+  const GilReleased released;
   const int directions = gates.dims > 2 ? int(gates.shape[0]) : 1;  // none of a cell
   prefer_huge_pages(dx.data, dx.bytes());
   for (const Array& array : dweights) prefer_huge_pages(array.data, array.bytes());
@@ -327,7 +328,7 @@ bool read(py::handle x, py::handle state, py::handle weights, const Made& made, 
 // of the one below rounded to it, as it does where layers are calls of their own.
 void run_layers(Array x, Array h0, Array c0, Arrays weights, Array y, Array h_n, Array c_n,
                 const std::vector<int64_t>& batch_sizes, int layers, int directions, int threads) {
-  py::gil_scoped_release release;
+  const GilReleased released;
   if (layers == 1 || !y.half())
     return run_parts(x, h0, c0, std::move(weights), y, h_n, c_n, {}, {}, {}, batch_sizes, false,
                      layers * directions, directions, threads);
@@ -665,7 +666,7 @@ py::array_t<T> map(const std::string& name, py::array_t<T, py::array::c_style> x
 
 // The machine's peak: GFLOP/s of multiply-adds that never leave the registers, all threads at once.
 double fma_peak(int threads, int itemsize) {
-  py::gil_scoped_release release;
+  const GilReleased released;
   return with_type(itemsize, [&](auto* type) {
     const auto& kernel = kernels<std::remove_pointer_t<decltype(type)>>();
     using Clock = std::chrono::steady_clock;

@@ -6,6 +6,7 @@ import copy
 import multiprocessing
 import threading
 
+import fastlstm
 import numpy as np
 import pytest
 from fastlstm import _core, lstm_backward, lstm_forward
@@ -182,6 +183,23 @@ def test_large_gradients_of_weights():
     assert third.data_ptr() in places and torch.equal(third, kept)
     third.share_memory_()  # moves it
     assert third.is_shared() and torch.equal(third, kept)
+
+
+def test_the_gradient_of_two_directions_has_no_more_memory_than_its_own():
+    rnn = fastlstm.LSTM(5, 7, bidirectional=True, rng=0)
+    y, _, tape = rnn.forward(np.ones((3, 2, 5)).astype(np.float32))
+    assert rnn.backward(tape, y).x.base is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_the_same_of_torch(dtype):
+    torch = pytest.importorskip("torch", reason="tests of the torch side")
+    import fastlstm.nn
+
+    rnn = fastlstm.nn.LSTM(5, 7, bidirectional=True).to(getattr(torch, dtype))
+    x = torch.ones(3, 2, 5, dtype=getattr(torch, dtype), requires_grad=True)
+    rnn(x)[0].sum().backward()
+    assert x.grad.untyped_storage().nbytes() == x.nbytes
 
 
 def test_accumulated_gradients():

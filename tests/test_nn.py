@@ -1357,13 +1357,17 @@ def test_a_state_that_unpacks_to_others():
     assert_same_outcome(lambda: ours(leaf(T, N, D), state), lambda: theirs(leaf(T, N, D), state))
 
 
+@pytest.mark.parametrize("offset", [0, 1000])
 @pytest.mark.parametrize("cell", [False, True])
-def test_weights_that_lost_their_memory(cell):
+def test_weights_that_lost_their_memory(cell, offset):
     """An error, where torch's own modules end the process."""
     module = (fastlstm.nn.LSTMCell if cell else fastlstm.nn.LSTM)(D, H)
     x = leaf(N, D) if cell else leaf(T, N, D)
+    weight = next(module.parameters())
+    flat = torch.cat([torch.zeros(offset), weight.detach().flatten()])
+    weight.data = flat[offset:].view_as(weight)  # as FSDP has them
     loss = module(x)[0].sum()
-    next(module.parameters()).untyped_storage().resize_(0)
+    flat.untyped_storage().resize_(0)
     with pytest.raises(TypeError, match="expected a tensor of floats"):
         loss.backward()
     with pytest.raises(TypeError, match="expected a tensor of floats"):

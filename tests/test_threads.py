@@ -205,6 +205,33 @@ def test_changing_the_number_of_threads_while_others_compute():
             assert_all_same_bits(run.result(), expected)
 
 
+# Threads that Python does not wait for are in kernels, or come out of them, while it ends.
+DAEMONS = """
+import threading, time
+import numpy as np
+import fastlstm
+
+rnn = fastlstm.LSTM(256, 256, rng=0)
+x = np.zeros((50, 64, 256), np.float32)
+
+def run():
+    while True:
+        y, state, tape = rnn.forward(x)
+        rnn.backward(tape, y, state)
+
+for _ in range(4):
+    threading.Thread(target=run, daemon=True).start()
+time.sleep(0.3)
+print("done")
+"""
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_daemon_threads_at_exit(n):
+    for _ in range(3):
+        assert stdout_of(run_python(DAEMONS, OMP_NUM_THREADS=str(n))) == "done"
+
+
 # The child must neither hang (libgomp's workers are gone after a fork) nor compute other bits.
 # It is killed after a while, so that a hang is a failure and not a test run that never ends.
 FORK = """

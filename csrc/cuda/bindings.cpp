@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../gil.h"
 #include "recurrence.h"
 
 #ifndef FASTLSTM_CUDA_MODULE
@@ -156,7 +157,7 @@ void call(const std::string& math, bool backward, int device, std::uintptr_t str
   fields.finish();
   const Math m = math_of(math);
   check(p, m, backward);
-  const py::gil_scoped_release release;
+  const fastlstm::GilReleased released;
   run(p, m, backward, device, reinterpret_cast<void*>(stream));
 }
 

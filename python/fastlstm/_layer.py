@@ -134,7 +134,7 @@ def run_backward(
         tape._reverse,
         get_num_threads(),
     )
-    x = dx[0] if directions == 1 else np.add(dx[0], dx[1], out=dx[0])
+    x = dx[0] if directions == 1 else np.add(*dx)
     return DirectionGradients(x, dh0, dc0, dweights)
 
 

@@ -202,7 +202,7 @@ def run_backward(
         dz = others.pop()
         steps.leave(*((x[0], h0 if h0 is None else h0[0]) if layer else (x, h0)), dz)
     if both is not None:
-        dx = both[0].add_(both[1]).to(x.dtype)
+        dx = torch.add(*both).to(x.dtype)
     return (dx, *others)
 
 
