@@ -246,34 +246,37 @@ bool spoiled(const Forward<T>& in, const Kernels<T>& kernel) {
          (in.c_n ? kernel.has_nan(in.c_n, batch * hidden) : has_nan(cells, hidden, in, kernel));
 }
 
+// The kernels of the first layer, whose input has another size, and of those above it.
 template <class T>
 void run_layers(const Forward<T>* given, int layers, int directions, int threads,
-                const Kernels<T>& kernel) {
-  const Sizes& first = given->sizes;
-  const Machine machine = machine_of(kernel);
-  const auto make_plan = [&](auto* plan_of, const Forward<T>& in, int most) {
-    Plan plan = plan_of(in.sizes, machine, most);
+                const Kernels<T>& of_first, const Kernels<T>& of_upper) {
+  const auto make_plan = [&](auto* plan_of, const Forward<T>& in, const Kernels<T>& kernel,
+                             int most) {
+    Plan plan = plan_of(in.sizes, machine_of(kernel), most);
     // A product over time wants as many rows at every step.
     if (in.ragged.rows) plan.input_in_step = true;
     return plan;
   };
   const Sizes& upper = given[(layers - 1) * directions].sizes;
   const int at_once =
-      directions == 1 ? layers_at_once(upper, first.input, machine, layers, threads) : 1;
+      directions == 1 && &of_first == &of_upper
+          ? layers_at_once(upper, given->sizes.input, machine_of(of_upper), layers, threads)
+          : 1;
   std::vector<Linked<T>> passes(given, given + layers * directions);
   const auto between = connect(passes.data(), layers, directions, at_once);
 
   for (int layer = 0; layer < layers; layer += at_once) {
     Linked<T>* run = &passes[size_t(layer * directions)];
+    const Kernels<T>& kernel = layer ? of_upper : of_first;
     const int count = std::min(at_once, layers - layer);
     if (count > 1 && run_in_wave(run, count, kernel, [&](int k) {
-          return make_plan(plan_in_wave, run[k], threads / count);
+          return make_plan(plan_in_wave, run[k], kernel, threads / count);
         }))
       continue;
     for (int k = 0; k < count; ++k, run += directions)
       run_directions<ForwardPass<T>>(
-          run, directions, threads, [&](int most) { return make_plan(plan_forward, *run, most); },
-          kernel);
+          run, directions, threads,
+          [&](int most) { return make_plan(plan_forward, *run, kernel, most); }, kernel);
   }
 }
 
@@ -282,11 +285,13 @@ void run_layers(const Forward<T>* given, int layers, int directions, int threads
 template <class T>
 void forward(const Forward<T>* given, int layers, int directions, int threads) {
   if (given->sizes.batch == 0) return;
-  const auto run = [&](const Kernels<T>& kernel) {
-    run_layers(given, layers, directions, threads, kernel);
+  const auto run = [&](const Kernels<T>& of_first, const Kernels<T>& of_upper) {
+    run_layers(given, layers, directions, threads, of_first, of_upper);
   };
-  run_with_kernels<T>(given, layers * directions, run, spoiled<T>,
-                      use_forward(given->sizes, machine_of(kernels<T>()), given->in_bf16));
+  const auto use_of = [&](int layer) {
+    return use_forward(given[layer * directions].sizes, machine_of(kernels<T>()), given->in_bf16);
+  };
+  run_with_kernels<T>(given, layers * directions, run, spoiled<T>, use_of(0), use_of(layers - 1));
 }
 
 template void forward(const Forward<float>*, int, int, int);

@@ -37,14 +37,17 @@ constexpr int64_t kForwardBlockRows = 128;
 constexpr int64_t kFarBlockRows = 512;
 // The same where the layer above waits for these steps.
 constexpr int64_t kWaveBlockRows = 16;
-// Floats go on tiles from a tile of rows on; forward, where W_hh as terms (of 6 bytes each) is so
-// large that reading it bounds the step, from two. With fewer units, or backward fewer cells, two
-// threads would lose.
+// Floats go on tiles, which take so many rows and so many terms of a sum each, where these are
+// mostly there; forward from two tiles of rows on, unless W as terms (of 6 bytes each) stays near.
+// With fewer units or cells two threads would lose.
 constexpr int64_t kTileBatch = 16;
-constexpr double kFarTerms = 16 << 20;
+constexpr int64_t kTileDepth = 32;
+constexpr double kTileFill = 0.75;
+constexpr double kNearTerms = 2 << 20;
 constexpr int64_t kTileUnitsForward = 48;
+constexpr double kTileCellsForward = 1536;
 constexpr int64_t kTileUnitsBackward = 96;
-constexpr double kTileCells = 3072;
+constexpr double kTileCellsBackward = 3072;
 // The products over time of a backward pass go there from fewer rows of a step on.
 constexpr int64_t kTileUnitsOfProducts = 128;
 constexpr int64_t kTileBatchOfProducts = 8;
@@ -111,8 +114,16 @@ bool direct_forward(const Sizes& s, const Machine& m) {
 Use use_forward(const Sizes& s, const Machine& m, bool in_bf16) {
   if (in_bf16) return use_bf16(s);
   if (direct_forward(s, m)) return Use::any;
-  const bool far = 24 * double(s.hidden) * double(s.output) > kFarTerms;
-  const bool pays = s.hidden >= kTileUnitsForward && s.batch >= (far ? 2 : 1) * kTileBatch;
+  const auto whole = [](int64_t size, int64_t tile) {
+    return double(ceil_div(size, tile)) * double(tile);
+  };
+  const double batch = double(s.batch), rows = whole(s.batch, kTileBatch);
+  const double depth = whole(s.input, kTileDepth) + whole(s.output, kTileDepth);
+  const bool near = 24 * double(s.hidden) * depth <= kNearTerms;
+  const bool pays = s.hidden >= kTileUnitsForward &&
+                    batch * double(s.hidden) >= kTileCellsForward &&
+                    batch * double(s.input + s.output) >= kTileFill * rows * depth &&
+                    s.batch >= kTileBatch + !near;
   return pays ? Use::floats_on_tiles : Use::any;
 }
 
@@ -120,7 +131,7 @@ Use use_backward(const Sizes& s, bool in_bf16) {
   if (in_bf16) return use_bf16(s);
   if (direct(s, kDirectRowsBackward)) return Use::any;
   const bool pays = s.hidden >= kTileUnitsBackward && s.batch >= kTileBatch &&
-                    double(s.batch) * double(s.hidden) >= kTileCells;
+                    double(s.batch) * double(s.hidden) >= kTileCellsBackward;
   return pays ? Use::floats_on_tiles : Use::any;
 }
 

@@ -63,25 +63,43 @@ def test_which_layers_run_at_the_same_time(isa, sizes, layers, at_once):
 
 
 @pytest.mark.parametrize(
-    ("N", "H", "forward", "backward"),
+    ("N", "D", "H", "pays"),
     [
-        (15, 512, False, False),  # less than a tile of rows
-        (16, 512, True, True),
-        (31, 1000, False, True),  # W_hh comes from afar
-        (32, 1000, True, True),
-        (100, 47, False, False),  # few units
-        (100, 48, True, False),
-        (100, 96, True, True),
-        (16, 191, True, False),  # few cells
-        (16, 192, True, True),
+        (15, 128, 128, False),  # less than a tile of rows
+        (16, 128, 128, True),
+        (16, 128, 256, False),  # W comes from afar
+        (23, 128, 256, False),  # rows of two tiles that are empty
+        (24, 128, 256, True),
+        (33, 128, 256, False),
+        (36, 128, 256, True),
+        (64, 1, 94, False),  # terms of sums that are not there
+        (64, 1, 95, True),
+        (96, 64, 47, False),  # few units
+        (96, 64, 48, True),
+        (24, 32, 63, False),  # few cells
+        (24, 32, 64, True),
     ],
 )
-def test_when_floats_go_on_tiles(N, H, forward, backward):
-    for T, D, threads in ((100, 1, 1), (5, 1000, 3)):  # of which nothing depends
-        for pays, back in ((forward, False), (backward, True)):
-            plan = _core.plan(T, N, D, H, threads, 4, back)
-            assert plan["floats_on_tiles"] == pays
+def test_when_floats_go_on_tiles_forward(N, D, H, pays):
+    for T, threads in ((100, 1), (5, 3)):  # of which nothing depends
+        assert _core.plan(T, N, D, H, threads, 4, False)["floats_on_tiles"] == pays
     assert not _core.plan(1, 1, 8, 512, 1, 4, False)["floats_on_tiles"]
+
+
+@pytest.mark.parametrize(
+    ("N", "H", "pays"),
+    [
+        (15, 512, False),  # less than a tile of rows
+        (16, 512, True),
+        (100, 95, False),  # few units
+        (100, 96, True),
+        (16, 191, False),  # few cells
+        (16, 192, True),
+    ],
+)
+def test_when_floats_go_on_tiles_backward(N, H, pays):
+    for T, D, threads in ((100, 1, 1), (5, 1000, 3)):  # of which nothing depends
+        assert _core.plan(T, N, D, H, threads, 4, True)["floats_on_tiles"] == pays
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ SIZES = [
     (3, 16, 256, 520),
     (33, 7, 13, 37),
     (2, 300, 17, 33),
+    (5, 28, 32, 80),  # forward on tiles
     (2, 70, 5, 560),  # backward on tiles: rows that fit at once on two threads, not on one
 ]
 SIZE_IDS = ["x".join(map(str, sizes)) for sizes in SIZES]
@@ -86,7 +87,13 @@ def test_same_bits_with_two_directions(dtype, sizes):
 
 
 # (T, N, D, H, layers)
-STACKS = [(300, 1, 8, 24, 2), (300, 1, 70, 24, 3), (60, 3, 20, 40, 5), (1, 1, 9, 33, 2)]
+STACKS = [
+    (300, 1, 8, 24, 2),
+    (300, 1, 70, 24, 3),
+    (60, 3, 20, 40, 5),
+    (1, 1, 9, 33, 2),
+    (5, 32, 1, 64, 3),  # but for the first on tiles
+]
 
 
 def test_the_stacks_reach_every_plan():

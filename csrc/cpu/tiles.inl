@@ -58,9 +58,12 @@ template <int Tile>
 FASTLSTM_INLINE void tile_store(float* to, int64_t step = kSide) {
   __asm__ volatile("tilestored %%tmm%c2, (%0,%1,4)" ::"r"(to), "r"(step), "i"(Tile) : "memory");
 }
+// Where another thread shares the core, products alone take twice as long as with other
+// instructions between them, and neither overlap with loads.
 template <int C, int A, int B>
 FASTLSTM_INLINE void tile_multiply() {
-  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0\n\t.rept 8\n\tnop\n\t.endr" ::"i"(C),
+                   "i"(A), "i"(B));
 }
 
 // Tiles 0 to 3 are sums, 4 and 5 hold A, 6 and 7 B.
@@ -256,13 +259,25 @@ FASTLSTM_INLINE void add_tiles(const Left<Terms>& left, int64_t t, const float* 
       constexpr int term_a = kPairs<Terms, OfB>[k].a, term_b = kPairs<Terms, OfB>[k].b;
       constexpr bool new_a = k == 0 || term_a != kPairs<Terms, OfB>[before].a;
       constexpr bool new_b = k == 0 || term_b != kPairs<Terms, OfB>[before].b || W > 2;
-      for_each_int<M>([&](auto row) {
-        constexpr int m = decltype(row)::value;
-        if constexpr (new_a) tile_load<kTileA + m>(a[m] + term_a * kTileSize);
-        for_each_int<W>([&](auto column) {
-          constexpr int v = decltype(column)::value, B = kTileB + v % 2;
-          if constexpr (new_b && m == 0) tile_load<B>(b + (v * OfB + term_b) * kTileSize);
-          tile_multiply<M * m + v, kTileA + m, B>();
+      if constexpr (new_a)
+        for_each_int<M>([&](auto row) {
+          constexpr int m = decltype(row)::value;
+          tile_load<kTileA + m>(a[m] + term_a * kTileSize);
+        });
+      // All loads before the products; columns two by two, as many as there are tiles for B.
+      for_each_int<(W + 1) / 2>([&](auto half) {
+        constexpr int first = 2 * decltype(half)::value, wide = W - first < 2 ? 1 : 2;
+        if constexpr (new_b)
+          for_each_int<wide>([&](auto column) {
+            constexpr int v = decltype(column)::value;
+            tile_load<kTileB + v>(b + ((first + v) * OfB + term_b) * kTileSize);
+          });
+        for_each_int<M>([&](auto row) {
+          constexpr int m = decltype(row)::value;
+          for_each_int<wide>([&](auto column) {
+            constexpr int v = decltype(column)::value;
+            tile_multiply<M * m + first + v, kTileA + m, kTileB + v>();
+          });
         });
       });
     });
