@@ -842,6 +842,16 @@ def test_packed_sequences_made_by_hand(sizes):
         fastlstm.nn.LSTM(D, H)(packed)
 
 
+@pytest.mark.parametrize("sizes", [[[3, 2]], 5, [3.0, 2.0], [True, True]], ids=str)
+def test_batch_sizes_that_are_no_list_of_integers(sizes):
+    ours, theirs = pair(D, H)
+    packed = rnn.PackedSequence(torch.zeros(5, D), torch.tensor(sizes))
+    with pytest.raises((TypeError, IndexError, RuntimeError)):
+        theirs(packed)
+    with pytest.raises(RuntimeError, match=r"input.batch_sizes: expected shape \(T,\) and dtype"):
+        ours(packed)
+
+
 @projected
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_double_backward_of_packed_and_projected(create_graph):

@@ -92,7 +92,13 @@ def _packed(
 
 def _batch_sizes(packed: PackedSequence) -> list[int]:
     """Return the batch sizes of a PackedSequence, which anyone can make by hand, checked."""
-    sizes: list[int] = packed.batch_sizes.tolist()
+    given = packed.batch_sizes
+    if given.dim() != 1 or given.dtype != torch.int64:
+        raise RuntimeError(
+            "input.batch_sizes: expected shape (T,) and dtype torch.int64, got "
+            f"{tuple(given.shape)} and {given.dtype}"
+        )
+    sizes: list[int] = given.tolist()
     _tensors.check_batch_sizes(sizes, packed.data.shape[0])
     return sizes
 
