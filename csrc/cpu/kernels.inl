@@ -540,7 +540,8 @@ FASTLSTM_INLINE void step_along_rows(const StepForward<T>& in, const S* w_ih, co
   constexpr int VL = lanes<T>();
   const int64_t H = in.hidden;
   const int64_t most = n1 - n0 > kTileRows ? 1 : kDirectPanels;  // more tiles: the weights in L2
-  for (int64_t first = p0; first < p1; first += most) {
+  for_panels(in.step, 0, (p1 - p0 + most - 1) / most, [&](int64_t group, int64_t) {
+    const int64_t first = p0 + group * most;
     const int64_t count = p1 - first < most ? p1 - first : most;
     for_tiles(n0, n1, [&](int64_t n, auto rows) {
       constexpr int M = decltype(rows)::value;
@@ -566,7 +567,7 @@ FASTLSTM_INLINE void step_along_rows(const StepForward<T>& in, const S* w_ih, co
           }
         });
     });
-  }
+  });
 }
 
 // The same step on weights as they are, along their rows: for so few rows of x that packing the
