@@ -4,6 +4,7 @@
 #include <Python.h>
 #include <unistd.h>
 
+#include <cstddef>  // __GLIBCXX__
 #ifdef __GLIBCXX__
 #include <cxxabi.h>
 #endif
