@@ -37,9 +37,9 @@ constexpr int64_t kForwardBlockRows = 128;
 constexpr int64_t kFarBlockRows = 512;
 // The same where the layer above waits for these steps.
 constexpr int64_t kWaveBlockRows = 16;
-// Floats go on tiles, which take so many rows and so many terms of a sum each, where these are
-// mostly there; forward from two tiles of rows on, unless W as terms (of 6 bytes each) stays near.
-// With fewer units or cells two threads would lose.
+// Floats go on tiles, which take so many rows and so many columns of W each, where these are mostly
+// there: from two tiles of rows on, unless W as terms (of 6 bytes each) stays near. With fewer
+// units or cells two threads would lose.
 constexpr int64_t kTileBatch = 16;
 constexpr int64_t kTileDepth = 32;
 constexpr double kTileFill = 0.75;
@@ -109,29 +109,33 @@ bool direct_forward(const Sizes& s, const Machine& m) {
   return m.tile_rows == 1 && (direct(s, kDirectRowsForward) || across(s, m));
 }
 
+// Whether floats fill the tiles of a step that reads `columns` of W, in tiles as many as `whole`.
+bool fill_tiles(const Sizes& s, double columns, double whole) {
+  const double batch = double(s.batch), rows = double(ceil_div(s.batch, kTileBatch) * kTileBatch);
+  const bool near = 24 * double(s.hidden) * whole <= kNearTerms;
+  return s.batch >= kTileBatch + !near && batch * columns >= kTileFill * rows * whole;
+}
+
 }  // namespace
 
 Use use_forward(const Sizes& s, const Machine& m, bool in_bf16) {
   if (in_bf16) return use_bf16(s);
   if (direct_forward(s, m)) return Use::any;
-  const auto whole = [](int64_t size, int64_t tile) {
-    return double(ceil_div(size, tile)) * double(tile);
-  };
-  const double batch = double(s.batch), rows = whole(s.batch, kTileBatch);
-  const double depth = whole(s.input, kTileDepth) + whole(s.output, kTileDepth);
-  const bool near = 24 * double(s.hidden) * depth <= kNearTerms;
+  const double columns = double(s.input) + double(s.output);
+  const int64_t tiles = ceil_div(s.input, kTileDepth) + ceil_div(s.output, kTileDepth);
   const bool pays = s.hidden >= kTileUnitsForward &&
-                    batch * double(s.hidden) >= kTileCellsForward &&
-                    batch * double(s.input + s.output) >= kTileFill * rows * depth &&
-                    s.batch >= kTileBatch + !near;
+                    double(s.batch) * double(s.hidden) >= kTileCellsForward &&
+                    fill_tiles(s, columns, double(tiles * kTileDepth));
   return pays ? Use::floats_on_tiles : Use::any;
 }
 
 Use use_backward(const Sizes& s, bool in_bf16) {
   if (in_bf16) return use_bf16(s);
   if (direct(s, kDirectRowsBackward)) return Use::any;
-  const bool pays = s.hidden >= kTileUnitsBackward && s.batch >= kTileBatch &&
-                    double(s.batch) * double(s.hidden) >= kTileCellsBackward;
+  const double columns = double(s.output);
+  const bool pays = s.hidden >= kTileUnitsBackward &&
+                    double(s.batch) * double(s.hidden) >= kTileCellsBackward &&
+                    fill_tiles(s, columns, columns);
   return pays ? Use::floats_on_tiles : Use::any;
 }
 

@@ -51,6 +51,7 @@ SIZES = sorted(
         (1, 130, 60, 100),
         *((35, size, 33, 129) for size in (8, 9, 15, 20)),  # backward, products over time alone
         (40, 37, 32, 128),  # several blocks of time
+        (12, 16, 40, 200),  # one tile of rows
         (2, 400, 70, 130),  # rows in parts
         (5, 25, 1050, 270),  # the input product over time, in passes; sums in chains
     }

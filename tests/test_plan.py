@@ -89,8 +89,11 @@ def test_when_floats_go_on_tiles_forward(N, D, H, pays):
 @pytest.mark.parametrize(
     ("N", "H", "pays"),
     [
-        (15, 512, False),  # less than a tile of rows
-        (16, 512, True),
+        (15, 256, False),  # less than a tile of rows
+        (16, 256, True),
+        (16, 512, False),  # W_hh comes from afar
+        (23, 512, False),  # rows of two tiles that are empty
+        (24, 512, True),
         (100, 95, False),  # few units
         (100, 96, True),
         (16, 191, False),  # few cells
