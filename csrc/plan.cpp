@@ -109,7 +109,8 @@ bool direct_forward(const Sizes& s, const Machine& m) {
   return m.tile_rows == 1 && (direct(s, kDirectRowsForward) || across(s, m));
 }
 
-// Whether floats fill the tiles of a step that reads `columns` of W, in tiles as many as `whole`.
+// Whether the rows of a step and the `columns` of W that it reads fill the tiles they take, which
+// have `whole` columns; a single tile of rows does so only where W stays near.
 bool fill_tiles(const Sizes& s, double columns, double whole) {
   const double batch = double(s.batch), rows = double(ceil_div(s.batch, kTileBatch) * kTileBatch);
   const bool near = 24 * double(s.hidden) * whole <= kNearTerms;
