@@ -21,7 +21,7 @@ from . import _core
 
 _ROWS = 1024  # so many are multiplied at once, and no more factors kept
 # Gradients of fewer bytes are as fast step by step, and so are those of steps that wrote fewer.
-_LEAST = 1 << 19
+_LEAST = 1 << 18
 _WORTH = 3 << 20
 
 
