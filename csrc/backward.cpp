@@ -47,6 +47,9 @@ struct Right {
 // not.
 constexpr int64_t kOuterRows = 12;
 
+// As few rows of dx are a task: W_ih is read for each.
+constexpr int64_t kProductRows = 128;
+
 template <class T>
 class BackwardPass {
  public:
@@ -70,6 +73,10 @@ class BackwardPass {
         step_shape_(in.sizes.hidden, step_kernels),
         weights_(in.dw_ih || in.dw_hh || in.dw_hr || in.db),
         strip_size_(product_kernels.strip_size),
+        groups_(Active(in).groups(plan.row_groups)),
+        chains_(plan.threads()),
+        of_gates_(plan.threads()),
+        of_outputs_(plan.threads()),
         row_group_(size_t(plan.row_groups)) {
     const auto [steps, batch, input, hidden, output] = in.sizes;
     x_place_ = workspace->reserve<T>(x_shape_.packed_size(plan.block * batch));
@@ -124,21 +131,9 @@ class BackwardPass {
     const Panels<T> h_panels = h_shape_.packed(h_, plan.block * batch);
     const Panels<T> raw_panels = raw_shape_.packed(raw_, plan.block * batch);
 
-    const int group = id / plan.panel_groups, member = id % plan.panel_groups;
-    const auto [n0, n1] = active.group(plan.row_groups, group);
-    const auto [p0, p1] = share(step_shape_.count, plan.panel_groups, member);
-    const auto [m0, m1] = share(gates, threads, id);  // rows of the weight gradients
     T* const strip = strips_ + id * strip_size_;
-    const int64_t strip_rows = products_.strip_rows, strip_depth = products_.strip_depth;
+    const int64_t strip_depth = products_.strip_depth;
     T* const scratch = scratch_ + id * scratch_size_;
-    const int64_t j0 = std::min(p0 * step_shape_.width, hidden);
-    const int64_t j1 = std::min(p1 * step_shape_.width, hidden);
-
-    const bool has_dz = !in.gates && !in.half_gates;
-    for (int64_t n = n0; n < n1 && !has_dz; ++n) {
-      T* to = dc.at(0, n);
-      for (int64_t j = j0; j < j1; ++j) to[j] = in.grad_c ? in.grad_c[n * hidden + j] : 0;
-    }
     for (const Right<T>* w : {&w_hh_, &w_ih_, &w_hr_}) w->pack(threads, id);
     all_.wait(threads);
 
@@ -162,7 +157,8 @@ class BackwardPass {
       products_.product(product, 0, count, 0, shape.count);
     };
     // C = dz W for `count` rows of both, the panels cut among the row group.
-    const auto through = [&](const Right<T>& right, Rows<const T> from, Rows<T> to, int64_t count) {
+    const auto through = [&](int member, const Right<T>& right, Rows<const T> from, Rows<T> to,
+                             int64_t count) {
       product_of_group(right.kernel, plan, member, from, gates, right.shape, right.panels, to,
                        right.columns, count, scratch);
     };
@@ -172,64 +168,100 @@ class BackwardPass {
     };
     const int64_t carried = plan.block * batch;  // where dz of the step after the block stands
 
+    // Tasks of each thread's rows and panels: for each block its steps, some at a time, and dx of
+    // some steps each, but for ragged batches, where it comes step by step.
+    const bool has_dz = !in.gates && !in.half_gates;
+    Chains::Place place{size_t(id)};
+    int64_t tasks = 0;
+    const int64_t dx_task = std::max(plan.task, kProductRows * plan.row_groups / batch);
     for (int64_t s1 = steps; s1 > 0; s1 -= std::min(plan.block, s1)) {
       const int64_t s0 = s1 - std::min(plan.block, s1);
       const int64_t rows = active.total(s0, s1);
       const bool last = s1 == steps;
-      int64_t row = rows;  // of dz, where step s begins
-      for (int64_t s = s1 - 1; s >= s0 && !has_dz; --s) {
-        const int64_t later = s == s1 - 1 ? carried : row;
-        row -= active.at(s);
-        StepBackward<T> step;
-        step.step = s;
-        step.hidden = hidden;
-        step.w = in.layer.w_hr ? w_hr_.panels : w_hh_.panels;
-        step.depth = in.layer.w_hr ? output : gates;
-        step.gates = in.gates ? kept_gates.block(s, 0, batch) : Rows<const T>{};
-        step.half_gates = in.half_gates ? half_gates.block(s, 0, batch) : Rows<const Float16>{};
-        step.c = kept_cells.block(s, 0, batch);
-        step.dc = dc;
-        step.dz = dz_at(row, 0, batch);
-        step.scratch = scratch;
-        // Sequences that have a step before this one or not, and one after it or not.
-        const int64_t before = active.with_before(s), after = active.with_after(s);
-        const int64_t edges[] = {0, std::min(before, after), std::max(before, after), active.at(s)};
-        for (int k = 0; k < 3; ++k) {
-          const int64_t from = std::max(n0, edges[k]), past = std::min(n1, edges[k + 1]);
-          if (from >= past) continue;
-          const bool ends = from >= after;
-          const auto y_part = in.grad_y.data ? grad_y.block(s, 0, batch) : Rows<const T>{};
-          const auto h_part = ends ? grad_h : Rows<const T>{};
-          const auto later_dz = ends ? Rows<const T>{} : Rows<const T>(dz_at(later, 0, batch));
-          step.c_prev = from < before ? kept_cells.block(s - 1, 0, batch) : state_.c0();
-          if (in.layer.w_hr) {
-            // dL/dh_t first, whose columns the threads that share these rows divide.
-            const Rows<T> dh{dh_ + row * output, 0, output, batch};
-            sum_dh(dh, y_part, h_part, later_dz, from, past, member, scratch);
-            row_group_[size_t(group)].wait(plan.panel_groups);
-            step.grad_y = step.grad_h = {};
-            step.next = dh;
-          } else {
-            step.grad_y = y_part;
-            step.grad_h = h_part;
-            step.next = later_dz;
-          }
-          steps_.step_backward(step, from, past, p0, p1);
+      const int64_t first_task = tasks, of_steps = has_dz ? 0 : ceil_div(s1 - s0, plan.task);
+      tasks += of_steps + (in.dx.data && !active.ragged() ? ceil_div(s1 - s0, dx_task) : 0);
+      for (int64_t task; (task = chains_.take(&place, tasks) - first_task) >= 0;
+           chains_.done(place)) {
+        const int group = int(place.chain) / plan.panel_groups;
+        const int member = int(place.chain) % plan.panel_groups;
+        const int64_t n0 = groups_[size_t(group)], n1 = groups_[size_t(group) + 1];
+        const auto [p0, p1] = share(step_shape_.count, plan.panel_groups, member);
+        const int64_t j0 = std::min(p0 * step_shape_.width, hidden);
+        const int64_t j1 = std::min(p1 * step_shape_.width, hidden);
+        const bool of_dx = task >= of_steps;
+        const int64_t size = of_dx ? dx_task : plan.task;
+        const int64_t past_step = s1 - (of_dx ? task - of_steps : task) * size;
+        const int64_t first_step = std::max(s0, past_step - size);
+        if (of_dx) {
+          through(member, w_ih_, dz_at(active.total(s0, first_step), n0, n1 - n0),
+                  dx.block(first_step, n0, n1 - n0), (past_step - first_step) * (n1 - n0));
+          continue;
         }
-        row_group_[size_t(group)].wait(plan.panel_groups);
-        const int64_t from = std::max(n0, before), past = std::min(n1, active.at(s));
-        if (in.dh0 && from < past)
-          through(w_hh_, dz_at(row, from, past - from),
-                  Rows<T>{in.dh0, 0, output, batch}.block(0, from, past - from), past - from);
-        if (in.dx.data && active.ragged() && n0 < past)
-          through(w_ih_, dz_at(row, n0, past - n0), dx.block(s, n0, past - n0), past - n0);
+        for (int64_t n = n0; n < n1 && past_step == steps; ++n) {
+          T* to = dc.at(0, n);
+          for (int64_t j = j0; j < j1; ++j) to[j] = in.grad_c ? in.grad_c[n * hidden + j] : 0;
+        }
+        int64_t row = active.total(s0, past_step);  // of dz, where step s begins
+        for (int64_t s = past_step - 1; s >= first_step; --s) {
+          const int64_t later = s == s1 - 1 ? carried : row;
+          row -= active.at(s);
+          StepBackward<T> step;
+          step.step = s;
+          step.hidden = hidden;
+          step.w = in.layer.w_hr ? w_hr_.panels : w_hh_.panels;
+          step.depth = in.layer.w_hr ? output : gates;
+          step.gates = in.gates ? kept_gates.block(s, 0, batch) : Rows<const T>{};
+          step.half_gates = in.half_gates ? half_gates.block(s, 0, batch) : Rows<const Float16>{};
+          step.c = kept_cells.block(s, 0, batch);
+          step.dc = dc;
+          step.dz = dz_at(row, 0, batch);
+          step.scratch = scratch;
+          // Sequences that have a step before this one or not, and one after it or not.
+          const int64_t before = active.with_before(s), after = active.with_after(s);
+          const int64_t edges[] = {0, std::min(before, after), std::max(before, after),
+                                   active.at(s)};
+          for (int k = 0; k < 3; ++k) {
+            const int64_t from = std::max(n0, edges[k]), past = std::min(n1, edges[k + 1]);
+            if (from >= past) continue;
+            const bool ends = from >= after;
+            const auto y_part = in.grad_y.data ? grad_y.block(s, 0, batch) : Rows<const T>{};
+            const auto h_part = ends ? grad_h : Rows<const T>{};
+            const auto later_dz = ends ? Rows<const T>{} : Rows<const T>(dz_at(later, 0, batch));
+            step.c_prev = from < before ? kept_cells.block(s - 1, 0, batch) : state_.c0();
+            if (in.layer.w_hr) {
+              // dL/dh_t first, whose columns the threads that share these rows divide.
+              const Rows<T> dh{dh_ + row * output, 0, output, batch};
+              sum_dh(dh, y_part, h_part, later_dz, from, past, member, scratch);
+              row_group_[size_t(group)].wait(plan.panel_groups);
+              step.grad_y = step.grad_h = {};
+              step.next = dh;
+            } else {
+              step.grad_y = y_part;
+              step.grad_h = h_part;
+              step.next = later_dz;
+            }
+            steps_.step_backward(step, from, past, p0, p1);
+          }
+          row_group_[size_t(group)].wait(plan.panel_groups);
+          const int64_t from = std::max(n0, before), past = std::min(n1, active.at(s));
+          if (in.dh0 && from < past)
+            through(member, w_hh_, dz_at(row, from, past - from),
+                    Rows<T>{in.dh0, 0, output, batch}.block(0, from, past - from), past - from);
+          if (in.dx.data && active.ragged() && n0 < past)
+            through(member, w_ih_, dz_at(row, n0, past - n0), dx.block(s, n0, past - n0),
+                    past - n0);
+        }
+        if (first_step == s0 && s0 > 0)
+          for (int64_t n = n0; n < std::min(n1, active.at(s0)); ++n)
+            for (int64_t gate = 0; gate < 4; ++gate) {
+              const T* from = dz_ + n * gates + gate * hidden;
+              std::copy(from + j0, from + j1, dz_ + (carried + n) * gates + gate * hidden + j0);
+            }
       }
-      if (in.dx.data && !active.ragged())
-        through(w_ih_, dz_at(0, n0, n1 - n0), dx.block(s0, n0, n1 - n0), (s1 - s0) * (n1 - n0));
 
       if (weights_ && in.sizes.steps == 1 && batch <= kOuterRows) {
         all_.wait(threads);  // dz of the whole batch is there
-        outer_products(x.block(0, 0, batch), raw.block(0, 0, batch), m0, m1,
+        outer_products(x.block(0, 0, batch), raw.block(0, 0, batch), share(gates, threads, id),
                        share(output, threads, id));
         return;
       }
@@ -256,12 +288,16 @@ class BackwardPass {
             });
       }
       all_.wait(threads);  // dz of the whole batch is there
-      // f for each strip of the rows m0 <= m < m1 of A^T, A (rows, width).
-      const auto strips_of = [&](const T* a, int64_t width, int64_t m0, int64_t m1, auto&& f) {
+      // f for each strip of the rows of A^T, A (rows, width).
+      const auto strips_of = [&](Shares& strips, const T* a, int64_t width, auto&& f) {
+        const int64_t height = strip_height(width);
+        const auto [from, past] = share(ceil_div(width, height), threads, id);
         for (int64_t k = 0; k < rows; k += strip_depth) {
           const int64_t depth = std::min(strip_depth, rows - k);
-          for (int64_t m = m0; m < m1; m += strip_rows) {
-            const int64_t count = std::min(strip_rows, m1 - m);
+          if (k > 0) all_.wait(threads);  // what was added to these rows before
+          strips.open(id, from, past);
+          for (int64_t item; (item = strips.take(id)) >= 0;) {
+            const int64_t m = item * height, count = std::min(height, width - m);
             products_.transpose({a + k * width, width, width, 1}, depth, m, m + count, strip,
                                 strip_depth);
             f(m, count, k, depth, last && k == 0);
@@ -269,7 +305,7 @@ class BackwardPass {
         }
       };
       if (in.dw_ih || in.dw_hh || in.db)
-        strips_of(dz_, gates, m0, m1,
+        strips_of(of_gates_, dz_, gates,
                   [&, input = input, output = output](int64_t m, int64_t count, int64_t k,
                                                       int64_t depth, bool first) {
                     accumulate(in.dw_ih, input, x_shape_, x_panels, m, count, k, depth, first);
@@ -277,20 +313,12 @@ class BackwardPass {
                     if (in.db)
                       products_.sum_rows(strip, strip_depth, count, depth, in.db + m, !first);
                   });
-      if (in.dw_hr) {
-        const auto [from, past] = share(output, threads, id);
+      if (in.dw_hr)
         strips_of(
-            dh_, output, from, past,
+            of_outputs_, dh_, output,
             [&, hidden = hidden](int64_t m, int64_t count, int64_t k, int64_t depth, bool first) {
               accumulate(in.dw_hr, hidden, raw_shape_, raw_panels, m, count, k, depth, first);
             });
-      }
-      if (s0 > 0)
-        for (int64_t n = n0; n < std::min(n1, active.at(s0)); ++n)
-          for (int64_t gate = 0; gate < 4; ++gate) {
-            const T* from = dz_ + n * gates + gate * hidden;
-            std::copy(from + j0, from + j1, dz_ + (carried + n) * gates + gate * hidden + j0);
-          }
       all_.wait(threads);  // before the next block writes dz
     }
   }
@@ -301,6 +329,16 @@ class BackwardPass {
     return in.sizes.steps > 1 || in.dh0 || in.layer.w_hr;
   }
 
+  // Rows of a strip: where several threads share `width` rows, a strip or some for each of them.
+  int64_t strip_height(int64_t width) const {
+    constexpr int64_t kLeast = 64, kMost = 4, kWhole = 16;
+    const int64_t threads = plan_.threads();
+    if (threads == 1) return products_.strip_rows;
+    const int64_t strips = threads * std::clamp<int64_t>(width / (kLeast * threads), 1, kMost);
+    const int64_t height = ceil_div(ceil_div(width, strips), kWhole) * kWhole;
+    return std::min<int64_t>(height, products_.strip_rows);
+  }
+
   // f(s, row in the block, rows) for runs of rows that lie evenly: all of the block where not
   // ragged.
   template <class F>
@@ -309,10 +347,11 @@ class BackwardPass {
     for (int64_t s = s0, row = 0; s < s1; row += active.at(s++)) f(s, row, active.at(s));
   }
 
-  // The weight gradients of a single step: rows m0 <= m < m1, and those of W_hr.
-  void outer_products(Rows<const T> x, Rows<const T> raw, int64_t m0, int64_t m1,
+  // The weight gradients of a single step: these rows of them, and these of W_hr's.
+  void outer_products(Rows<const T> x, Rows<const T> raw, std::pair<int64_t, int64_t> ih,
                       std::pair<int64_t, int64_t> hr) const {
     const auto [steps, batch, input, hidden, output] = in_.sizes;
+    const auto [m0, m1] = ih;
     const Rows<const T> dz{dz_, 0, 4 * hidden, batch}, dh{dh_, 0, output, batch};
     const auto add = [&, batch = batch](Rows<const T> left, Rows<const T> right, int64_t columns,
                                         int64_t from, int64_t past, T* to) {
@@ -379,6 +418,9 @@ class BackwardPass {
   int64_t x_place_, h_place_, raw_place_, dh_place_, dc_place_, dz_place_, strips_place_;
   int64_t scratch_place_, scratch_size_;  // of a thread
   T *x_, *h_, *raw_, *dh_, *dc_, *dz_, *strips_, *scratch_;
+  const std::vector<int64_t> groups_;  // of rows: the first of each, and past the last
+  Chains chains_;                      // of each thread's rows and panels
+  Shares of_gates_, of_outputs_;       // strips of the rows of dW_ih and dW_hh, of dW_hr
   Barrier all_;
   std::vector<Barrier> row_group_;
 };

@@ -649,6 +649,7 @@ py::dict show_plan(int64_t T, int64_t N, int64_t D, int64_t H, int threads, int 
       backward && use_products_backward(sizes, false) == Use::floats_on_tiles;
   shown["input_in_step"] = plan.input_in_step;
   shown["block"] = plan.block;
+  shown["task"] = plan.task;
   shown["layers_at_once"] = layers_at_once({T, N, H, H, H}, D, m, layers, threads);
   return shown;
 }

@@ -39,6 +39,8 @@ class ForwardPass {
         gate_shape_(4 * ceil_div(in.sizes.hidden, kernel.lanes) * kernel.lanes, kernel),
         y_shape_(in.layer.w_hr ? in.sizes.output : 0, kernel),
         first_step_(plan.direct && !plan.across && odd_step(in.layer.w_hh.data, in.sizes.steps)),
+        groups_(Active(in).groups(plan.row_groups)),
+        chains_(plan.threads()),
         row_group_(size_t(plan.row_groups)) {
     const auto [steps, batch, input, hidden, output] = in.sizes;
     bias_place_ = workspace->reserve<T>(4 * hidden);
@@ -92,10 +94,6 @@ class ForwardPass {
     const Rows<T> c_n{in.c_n, 0, hidden, batch};
     const Rows<T> own{z_, batch * gates, gates, batch};
 
-    const int group = id / plan.panel_groups, member = id % plan.panel_groups;
-    const auto [n0, n1] = active.group(plan.row_groups, group);
-    const auto [p0, p1] = share(panels, plan.panel_groups, member);
-
     if (id == 0)
       for (int64_t j = 0; j < gates; ++j)
         bias[j] = (in.layer.b_ih ? in.layer.b_ih[j] : 0) + (in.layer.b_hh ? in.layer.b_hh[j] : 0);
@@ -107,80 +105,89 @@ class ForwardPass {
     if (in.layer.w_hr) pack_projection(threads, id);
     all_.wait(threads);
 
-    for (int64_t s0 = 0; s0 < steps; s0 += plan.block) {
-      const int64_t count = std::min(plan.block, steps - s0);
-      const Rows<T> z = own_z_ ? own : kept_gates.block(s0, 0, batch);
-      if (in.below) in.below->wait(s0 + count);
-      if (!plan.input_in_step) {
-        Product<T> product;
-        product.a = x.block(s0, n0, n1 - n0);
-        product.depth = input;
-        product.b = gate_shape_.packed<T>(w_ih, input);
-        product.c = z.block(0, n0, n1 - n0);
-        product.columns = {hidden, true};
-        product.start = bias;
-        product.accumulate = false;
-        product.given = true;
-        product.strip = false;
-        product.scratch = scratch;
-        kernel.product(product, 0, count * (n1 - n0), p0, p1);
-      }
-      for (int64_t s = s0; s < s0 + count; ++s) {
-        StepForward<T> step;
-        step.step = first_step_ + s;
-        step.hidden = hidden;
-        step.input = plan.input_in_step ? input : 0;
-        step.output = output;
-        step.start = plan.input_in_step ? Rows<const T>{bias} : z.block(s - s0, 0, batch);
-        step.x = x.block(s, 0, batch);
-        step.w_ih = plan.direct ? in.layer.w_ih : Matrix<T>{w_ih};
-        step.w_hh = plan.direct ? in.layer.w_hh : Matrix<T>{w_hh};
-        step.c = in.cells ? kept_cells.block(s, 0, batch) : c_n;
-        const Rows<T> raw = in.raw ? kept_raw.block(s, 0, batch) : own_raw;
-        step.h = in.layer.w_hr ? raw : y.block(s, 0, batch);
-        step.gates = in.gates ? kept_gates.block(s, 0, batch) : Rows<T>{};
-        step.half_gates = in.half_gates ? half_gates.block(s, 0, batch) : Rows<Float16>{};
-        step.scratch = scratch;
-        const auto run = plan.across   ? kernel.step_forward_across
-                         : plan.direct ? kernel.step_forward_direct
-                                       : kernel.step_forward;
-        // Sequences that go on, then those that begin here.
-        const int64_t going = active.with_before(s), all = active.at(s);
-        if (n0 < going) {
-          step.h_prev = y.block(s - 1, 0, batch);
-          step.c_prev = in.cells ? Rows<const T>(kept_cells.block(s - 1, 0, batch)) : c_n;
-          run(step, n0, std::min(n1, going), p0, p1);
+    const int64_t tasks = ceil_div(steps, plan.task);
+    Chains::Place place{size_t(id)};
+    for (int64_t task; (task = chains_.take(&place, tasks)) >= 0; chains_.done(place)) {
+      const int group = int(place.chain) / plan.panel_groups;
+      const int member = int(place.chain) % plan.panel_groups;
+      const int64_t n0 = groups_[size_t(group)], n1 = groups_[size_t(group) + 1];
+      const auto [p0, p1] = share(panels, plan.panel_groups, member);
+      const int64_t past = std::min((task + 1) * plan.task, steps);
+      for (int64_t s0 = task * plan.task; s0 < past; s0 += plan.block) {
+        const int64_t count = std::min(plan.block, past - s0);
+        const Rows<T> z = own_z_ ? own : kept_gates.block(s0, 0, batch);
+        if (in.below) in.below->wait(s0 + count);
+        if (!plan.input_in_step) {
+          Product<T> product;
+          product.a = x.block(s0, n0, n1 - n0);
+          product.depth = input;
+          product.b = gate_shape_.packed<T>(w_ih, input);
+          product.c = z.block(0, n0, n1 - n0);
+          product.columns = {hidden, true};
+          product.start = bias;
+          product.accumulate = false;
+          product.given = true;
+          product.strip = false;
+          product.scratch = scratch;
+          kernel.product(product, 0, count * (n1 - n0), p0, p1);
         }
-        if (going < all && n0 < all && going < n1) {
-          step.h_prev = state_.h0();
-          step.c_prev = state_.c0();
-          run(step, std::max(n0, going), std::min(n1, all), p0, p1);
-        }
-        row_group_[size_t(group)].wait(plan.panel_groups);
-        if (in.layer.w_hr) {
-          const int64_t count = std::min(n1, all) - n0;
-          if (count > 0)
-            project(raw.block(0, n0, count), y.block(s, n0, count), count, member, scratch);
+        for (int64_t s = s0; s < s0 + count; ++s) {
+          StepForward<T> step;
+          step.step = first_step_ + s;
+          step.hidden = hidden;
+          step.input = plan.input_in_step ? input : 0;
+          step.output = output;
+          step.start = plan.input_in_step ? Rows<const T>{bias} : z.block(s - s0, 0, batch);
+          step.x = x.block(s, 0, batch);
+          step.w_ih = plan.direct ? in.layer.w_ih : Matrix<T>{w_ih};
+          step.w_hh = plan.direct ? in.layer.w_hh : Matrix<T>{w_hh};
+          step.c = in.cells ? kept_cells.block(s, 0, batch) : c_n;
+          const Rows<T> raw = in.raw ? kept_raw.block(s, 0, batch) : own_raw;
+          step.h = in.layer.w_hr ? raw : y.block(s, 0, batch);
+          step.gates = in.gates ? kept_gates.block(s, 0, batch) : Rows<T>{};
+          step.half_gates = in.half_gates ? half_gates.block(s, 0, batch) : Rows<Float16>{};
+          step.scratch = scratch;
+          const auto run = plan.across   ? kernel.step_forward_across
+                           : plan.direct ? kernel.step_forward_direct
+                                         : kernel.step_forward;
+          // Sequences that go on, then those that begin here.
+          const int64_t going = active.with_before(s), all = active.at(s);
+          if (n0 < going) {
+            step.h_prev = y.block(s - 1, 0, batch);
+            step.c_prev = in.cells ? Rows<const T>(kept_cells.block(s - 1, 0, batch)) : c_n;
+            run(step, n0, std::min(n1, going), p0, p1);
+          }
+          if (going < all && n0 < all && going < n1) {
+            step.h_prev = state_.h0();
+            step.c_prev = state_.c0();
+            run(step, std::max(n0, going), std::min(n1, all), p0, p1);
+          }
           row_group_[size_t(group)].wait(plan.panel_groups);
+          if (in.layer.w_hr) {
+            const int64_t count = std::min(n1, all) - n0;
+            if (count > 0)
+              project(raw.block(0, n0, count), y.block(s, n0, count), count, member, scratch);
+            row_group_[size_t(group)].wait(plan.panel_groups);
+          }
         }
+        // Every layer has blocks of as many steps.
+        if (in.done && member == 0) in.done->reached(group, s0 + count);
       }
-      // Every layer has blocks of as many steps.
-      if (in.done && member == 0) in.done->reached(group, s0 + count);
-    }
 
-    // What the last step of each sequence left.
-    const auto last = [&, n0 = n0, n1 = n1, steps = steps](const Series<T>& from, int64_t columns,
-                                                           T* to) {
-      const auto [j0, j1] = share(columns, plan.panel_groups, member);
-      int64_t s = steps - 1;
-      for (int64_t n = n0; n < n1; ++n) {
-        while (active.at(s) <= n) --s;
-        const T* row = from.block(s, n, 1).at(0, 0);
-        std::copy(row + j0, row + j1, to + n * columns + j0);
-      }
-    };
-    if (in.h_n) last(y, output, in.h_n);
-    if (in.c_n && in.cells) last(kept_cells, hidden, in.c_n);
+      if (past < steps) continue;
+      // What the last step of each sequence left.
+      const auto last = [&](const Series<T>& from, int64_t columns, T* to) {
+        const auto [j0, j1] = share(columns, plan.panel_groups, member);
+        int64_t s = past - 1;
+        for (int64_t n = n0; n < n1; ++n) {
+          while (active.at(s) <= n) --s;
+          const T* row = from.block(s, n, 1).at(0, 0);
+          std::copy(row + j0, row + j1, to + n * columns + j0);
+        }
+      };
+      if (in.h_n) last(y, output, in.h_n);
+      if (in.c_n && in.cells) last(kept_cells, hidden, in.c_n);
+    }
   }
 
  private:
@@ -209,6 +216,8 @@ class ForwardPass {
   bool own_z_;
   T *bias_, *w_ih_, *w_hh_, *z_, *w_hr_, *raw_, *scratch_;
   const int64_t first_step_;
+  const std::vector<int64_t> groups_;  // of rows: the first of each, and past the last
+  Chains chains_;                      // of each thread's rows and panels
   Barrier all_;
   std::vector<Barrier> row_group_;
 };

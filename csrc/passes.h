@@ -7,6 +7,7 @@
 #include <deque>
 #include <numeric>
 #include <utility>
+#include <vector>
 
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
@@ -110,10 +111,12 @@ class Active {
     if (!rows_) return (s1 - s0) * sizes_.batch;
     return std::accumulate(rows_ + s0, rows_ + s1, int64_t(0));
   }
-  // The sequences of group `index`: nearly the same work for every group.
-  std::pair<int64_t, int64_t> group(int groups, int index) const {
-    if (!rows_ || groups == 1) return share(sizes_.batch, groups, index);
-    return {cut(groups, index), cut(groups, index + 1)};
+  // The first sequence of each of some groups, then the batch: nearly the same work for all.
+  std::vector<int64_t> groups(int count) const {
+    std::vector<int64_t> first(size_t(count) + 1, sizes_.batch);
+    for (int k = 0; k < count; ++k)
+      first[size_t(k)] = rows_ ? cut(count, k) : share(sizes_.batch, count, k).first;
+    return first;
   }
 
  private:

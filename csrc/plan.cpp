@@ -13,6 +13,9 @@ constexpr double kL2Bytes = 512 << 10;   // what a core's own cache holds beside
 constexpr double kNearBytesPerCycle = 32;  // from L2
 constexpr double kFarBytesPerCycle = 8;    // from L3 or memory
 constexpr double kCellCycles = 100;        // gates, c and h of one vector of units
+// A task that threads give one another: shorter ones cost more than they balance.
+constexpr double kTaskCycles = 80000;
+constexpr double kMostTasks = 64;
 // Packing the weights does not pay for so few rows (T * N) in so few steps.
 constexpr int64_t kDirectSteps = 4;
 constexpr int64_t kDirectRowsForward = 32;
@@ -94,6 +97,16 @@ void choose_grid(const Sizes& s, const Machine& m, const StepWork& work, int thr
     }
 }
 
+// So many of `steps` steps of a row group that a task is worth it, in whole blocks of `whole`.
+int64_t task_steps(const Sizes& s, const Machine& m, StepWork work, const Plan& plan, int64_t steps,
+                   int64_t whole) {
+  if (plan.row_groups == 1 || plan.panel_groups > 1) return steps;
+  work.spread = 0;
+  const double worth = kTaskCycles / step_cycles(s, m, work, plan.row_groups, 1);
+  const auto wanted = int64_t(std::min(double(steps), std::max(double(steps) / kMostTasks, worth)));
+  return std::max<int64_t>(1, wanted / whole) * whole;
+}
+
 bool direct(const Sizes& s, int64_t most_rows) {
   return s.steps <= kDirectSteps && s.batch <= most_rows / s.steps;
 }
@@ -156,10 +169,11 @@ Plan plan_forward(const Sizes& s, const Machine& m, int threads) {
   plan.input_in_step = plan.direct || s.input <= kInputInStep || (s.batch >= kBatchInStep && !far);
   Machine of_step = m;
   if (plan.across) of_step.tile_rows = m.lanes;
-  choose_grid(s, of_step, {double(s.output + s.input), ceil_div(s.hidden, m.lanes), 0}, threads,
-              &plan);
+  const StepWork work{double(s.output + s.input), ceil_div(s.hidden, m.lanes), 0};
+  choose_grid(s, of_step, work, threads, &plan);
   const int64_t rows = far ? kFarBlockRows : kForwardBlockRows;
   plan.block = std::clamp<int64_t>(rows / std::max<int64_t>(1, s.batch), 1, s.steps);
+  plan.task = task_steps(s, of_step, work, plan, s.steps, plan.input_in_step ? 1 : plan.block);
   return plan;
 }
 
@@ -188,9 +202,11 @@ Plan plan_backward(const Sizes& s, const Machine& m, const Machine& of_products,
   const double gates = 4 * double(s.hidden);
   const double spread = double(s.batch) * gates * double(2 * s.input + s.output) *
                         of_products.cycles / double(4 * of_products.lanes);
-  choose_grid(s, m, {gates, ceil_div(s.hidden, 4 * m.lanes), spread}, threads, &plan);
+  const StepWork work{gates, ceil_div(s.hidden, 4 * m.lanes), spread};
+  choose_grid(s, m, work, threads, &plan);
   plan.block =
       std::clamp<int64_t>(of_products.strip_depth / std::max<int64_t>(1, s.batch), 1, s.steps);
+  plan.task = task_steps(s, m, work, plan, plan.block, 1);
   return plan;
 }
 

@@ -21,6 +21,7 @@ struct Plan {
       false;          // forward: the input product inside the step, not a product over time
   int64_t block = 1;  // time steps whose input product (or dz) is held at once, and after which a
                       // layer looks at the one below
+  int64_t task = 1;   // time steps of a row group that a thread takes at once
   double cycles = 0;  // what the cost model says of all steps
 
   int threads() const { return row_groups * panel_groups; }

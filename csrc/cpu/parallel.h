@@ -2,7 +2,9 @@
 // thread.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -98,6 +100,109 @@ class Progress {
     std::atomic<int64_t> steps{0};
   };
   std::vector<Group> done_;
+};
+
+// Chains of tasks that threads take as they come free, so that one on a slow core does less. A task
+// begins when the one before it in its chain is done.
+class Chains {
+ public:
+  using Clock = std::chrono::steady_clock;
+  // Of a thread: the chain of its last task, or to begin with; when that began; and how far the
+  // hindmost chain was when the thread last waited for it in vain.
+  struct Place {
+    size_t chain;
+    Clock::time_point began = Clock::now();
+    int64_t stuck = -1;
+  };
+
+  explicit Chains(int count) : chains_(size_t(count)) {}
+  // The next task of those before `past`, which begins now, in the chain `place->chain`: the one
+  // the thread was in, unless that is far ahead of another. -1 where none is left.
+  int64_t take(Place* place, int64_t past) {
+    const auto now = Clock::now(), patient = now + kPatience * (now - place->began);
+    for (;;) {
+      int64_t least = past;
+      for (const Chain& chain : chains_) least = std::min(least, chain.taken.load(kRelaxed));
+      if (least == past) return -1;
+      const int64_t left = past - least;
+      const int64_t most = least + (least == place->stuck ? left : left / kAhead);
+      size_t best = place->chain;
+      int64_t task = past;
+      bool ready = false;
+      for (size_t k = 0; k < chains_.size(); ++k) {
+        const size_t next = (place->chain + k) % chains_.size();
+        const int64_t taken = chains_[next].taken.load(kRelaxed);
+        const bool can = chains_[next].done.load(kRelaxed) == taken;
+        if (taken > most || can < ready || (can == ready && taken >= task)) continue;
+        best = next, task = taken, ready = can;
+      }
+      Chain& chain = chains_[best];
+      int64_t taken = task;
+      if (task == past || !chain.taken.compare_exchange_strong(taken, task + 1)) continue;
+      const auto met = [&] { return chain.done.load(std::memory_order_acquire) == task; };
+      wait_until([&] { return met() || Clock::now() > patient; });
+      // The thread that has the task before may have lost its core.
+      taken = task + 1;
+      if (!met() && chain.taken.compare_exchange_strong(taken, task)) {
+        place->stuck = least;
+        continue;
+      }
+      wait_until(met);
+      place->chain = best;
+      place->began = Clock::now();
+      return task;
+    }
+  }
+  void done(const Place& place) {
+    chains_[place.chain].done.fetch_add(1, std::memory_order_release);
+  }
+
+ private:
+  static constexpr auto kRelaxed = std::memory_order_relaxed;
+  static constexpr int64_t kAhead = 8;  // a chain may be ahead by so much of what another lacks
+  static constexpr int kPatience = 4;  // a thread waits so many times as long as its last task took
+  struct alignas(64) Chain {
+    std::atomic<int64_t> taken{0}, done{0};
+  };
+  std::vector<Chain> chains_;
+};
+
+// Items that are each a thread's own, which others take from the end when they have done theirs.
+class Shares {
+ public:
+  explicit Shares(int threads) : shares_(size_t(threads)) {}
+  // Before thread `id` takes any: its own are from <= item < past.
+  void open(int id, int64_t from, int64_t past) {
+    shares_[size_t(id)].items = Items{int32_t(from), int32_t(past)};
+  }
+  // The next item of thread `id`, or -1 where none is left.
+  int64_t take(int id) {
+    std::atomic<Items>* share = &shares_[size_t(id)].items;
+    for (;;) {
+      Items items = share->load();
+      const bool own = share == &shares_[size_t(id)].items;
+      if (items.from < items.past) {
+        const Items rest = {items.from + own, items.past - !own};
+        if (share->compare_exchange_strong(items, rest)) return own ? items.from : rest.past;
+        continue;
+      }
+      int32_t most = 0;
+      for (Share& other : shares_) {
+        const Items left = other.items;
+        if (left.past - left.from > most) most = left.past - left.from, share = &other.items;
+      }
+      if (most == 0) return -1;
+    }
+  }
+
+ private:
+  struct alignas(8) Items {
+    int32_t from = 0, past = 0;
+  };
+  struct alignas(64) Share {
+    std::atomic<Items> items{Items{}};
+  };
+  std::vector<Share> shares_;
 };
 
 // libgomp's threads do not survive fork() and starting new ones in the child hangs, so a forked
