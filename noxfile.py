@@ -42,7 +42,7 @@ def lint(session):
         "bash",
         "-c",
         "clang-format --dry-run -Werror "
-        "$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.inl' 'csrc/*.cu')",
+        "$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.inl' 'csrc/*.cu' 'tests/*.cpp')",
         external=True,
     )
 

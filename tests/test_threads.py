@@ -49,6 +49,9 @@ def test_the_sizes_reach_every_plan():
         assert splits >= {(False, False), (True, False), (False, True)}
         assert {plan["direct"] for _, plan in cases} == {False, True}
         assert {plan["block"] < T for (T, *_), plan in cases} == {False, True}
+        whole = [plan["block"] if backward else T for (T, *_), plan in cases]
+        tasks = {plan["task"] < steps for steps, (_, plan) in zip(whole, cases, strict=True)}
+        assert tasks == {False, True}
         if not backward:
             assert {plan["input_in_step"] for _, plan in cases} == {False, True}
             assert {plan["across"] for _, plan in cases} == {False, True}

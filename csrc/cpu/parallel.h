@@ -107,11 +107,11 @@ class Progress {
 class Chains {
  public:
   using Clock = std::chrono::steady_clock;
-  // Of a thread: the chain of its last task, or to begin with; when that began; and how far the
-  // hindmost chain was when the thread last waited for it in vain.
+  // Of a thread: the chain of its last task, or to begin with; when that task began; and where the
+  // hindmost chain was when the thread last waited for a task in vain.
   struct Place {
     size_t chain;
-    Clock::time_point began = Clock::now();
+    Clock::time_point began{};
     int64_t stuck = -1;
   };
 
@@ -119,13 +119,13 @@ class Chains {
   // The next task of those before `past`, which begins now, in the chain `place->chain`: the one
   // the thread was in, unless that is far ahead of another. -1 where none is left.
   int64_t take(Place* place, int64_t past) {
-    const auto now = Clock::now(), patient = now + kPatience * (now - place->began);
     for (;;) {
       int64_t least = past;
       for (const Chain& chain : chains_) least = std::min(least, chain.taken.load(kRelaxed));
       if (least == past) return -1;
       const int64_t left = past - least;
       const int64_t most = least + (least == place->stuck ? left : left / kAhead);
+      // One whose task before is done, if there is one; of those the hindmost, or that of before.
       size_t best = place->chain;
       int64_t task = past;
       bool ready = false;
@@ -137,15 +137,19 @@ class Chains {
         best = next, task = taken, ready = can;
       }
       Chain& chain = chains_[best];
-      int64_t taken = task;
-      if (task == past || !chain.taken.compare_exchange_strong(taken, task + 1)) continue;
+      int64_t expected = task;
+      if (task == past || !chain.taken.compare_exchange_strong(expected, task + 1)) continue;
       const auto met = [&] { return chain.done.load(std::memory_order_acquire) == task; };
-      wait_until([&] { return met() || Clock::now() > patient; });
-      // The thread that has the task before may have lost its core.
-      taken = task + 1;
-      if (!met() && chain.taken.compare_exchange_strong(taken, task)) {
-        place->stuck = least;
-        continue;
+      if (!ready) {
+        // The thread that has the task before goes on in another chain, unless it lost its core:
+        // then this one does.
+        const auto now = Clock::now(), patient = now + kPatience * (now - place->began);
+        wait_until([&] { return met() || Clock::now() > patient; });
+        expected = task + 1;
+        if (!met() && chain.taken.compare_exchange_strong(expected, task)) {
+          place->stuck = least;
+          continue;
+        }
       }
       wait_until(met);
       place->chain = best;
