@@ -47,7 +47,7 @@ struct Right {
 // not.
 constexpr int64_t kOuterRows = 12;
 
-// As few rows of dx are a task: W_ih is read for each.
+// A task of dx has about so many rows or more: W_ih is read for each.
 constexpr int64_t kProductRows = 128;
 
 template <class T>
@@ -181,7 +181,7 @@ class BackwardPass {
       const int64_t first_task = tasks, of_steps = has_dz ? 0 : ceil_div(s1 - s0, plan.task);
       tasks += of_steps + (in.dx.data && !active.ragged() ? ceil_div(s1 - s0, dx_task) : 0);
       for (int64_t task; (task = chains_.take(&place, tasks) - first_task) >= 0;
-           chains_.done(place)) {
+           chains_.done(&place)) {
         const int group = int(place.chain) / plan.panel_groups;
         const int member = int(place.chain) % plan.panel_groups;
         const int64_t n0 = groups_[size_t(group)], n1 = groups_[size_t(group) + 1];
@@ -329,7 +329,8 @@ class BackwardPass {
     return in.sizes.steps > 1 || in.dh0 || in.layer.w_hr;
   }
 
-  // Rows of a strip: where several threads share `width` rows, a strip or some for each of them.
+  // Rows of a strip: where threads share `width` rows, about one strip or some for each, in whole
+  // tiles.
   int64_t strip_height(int64_t width) const {
     constexpr int64_t kLeast = 64, kMost = 4, kWhole = 16;
     const int64_t threads = plan_.threads();

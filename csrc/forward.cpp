@@ -107,7 +107,7 @@ class ForwardPass {
 
     const int64_t tasks = ceil_div(steps, plan.task);
     Chains::Place place{size_t(id)};
-    for (int64_t task; (task = chains_.take(&place, tasks)) >= 0; chains_.done(place)) {
+    for (int64_t task; (task = chains_.take(&place, tasks)) >= 0; chains_.done(&place)) {
       const int group = int(place.chain) / plan.panel_groups;
       const int member = int(place.chain) % plan.panel_groups;
       const int64_t n0 = groups_[size_t(group)], n1 = groups_[size_t(group) + 1];

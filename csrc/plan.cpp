@@ -180,6 +180,7 @@ Plan plan_forward(const Sizes& s, const Machine& m, int threads) {
 Plan plan_in_wave(const Sizes& s, const Machine& m, int threads) {
   Plan plan = plan_forward(s, m, threads);
   plan.block = std::clamp<int64_t>(kWaveBlockRows / std::max<int64_t>(1, s.batch), 1, s.steps);
+  plan.task = ceil_div(plan.task, plan.block) * plan.block;
   return plan;
 }
 

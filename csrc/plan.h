@@ -11,8 +11,8 @@ namespace fastlstm {
 
 // Threads form a grid of row_groups x panel_groups over (batch rows, panels of hidden units), one
 // rectangle of every step for each. Threads that share batch rows meet at a barrier after each
-// step; row groups never wait for one another within a time block, and whichever thread is free
-// takes the next `task` of theirs. Serial is 1 x 1.
+// step; row groups do not depend on one another within a time block, and whichever thread is free
+// takes the next `task` of one. Serial is 1 x 1.
 struct Plan {
   int row_groups = 1;
   int panel_groups = 1;
@@ -22,8 +22,8 @@ struct Plan {
       false;          // forward: the input product inside the step, not a product over time
   int64_t block = 1;  // time steps whose input product (or dz) is held at once, and after which a
                       // layer looks at the one below
-  int64_t task = 1;   // time steps of a row group that a thread takes at once: all of them, or of
-                      // a block backward, where threads share its rows
+  int64_t task = 1;   // time steps of a row group that a thread takes at once; all (backward all
+                      // of a block) where threads share its rows or there is one group
   double cycles = 0;  // what the cost model says of all steps
 
   int threads() const { return row_groups * panel_groups; }

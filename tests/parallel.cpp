@@ -40,7 +40,7 @@ void chains(int threads, int count, int64_t tasks) {
     std::minstd_rand random(unsigned(id + 1));
     Chains::Place place{size_t(id % count)};
     for (int64_t past : {tasks, tasks, 2 * tasks + 1}) {
-      for (int64_t task; (task = chains.take(&place, past)) >= 0; chains.done(place)) {
+      for (int64_t task; (task = chains.take(&place, past)) >= 0; chains.done(&place)) {
         expect(next[place.chain] == task, "a task is not the next of its chain");
         work(id, &random);
         next[place.chain] = task + 1;

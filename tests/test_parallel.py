@@ -26,4 +26,6 @@ def test_tasks_are_done_once_and_in_order(tmp_path, sanitizer):
         pytest.skip(f"{COMPILER} has no {sanitizer} sanitizer here")
     assert built.returncode == 0, built.stderr
     done = subprocess.run([program], capture_output=True, text=True, timeout=120)
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip("this kernel's addresses are not those that the sanitizer knows")
     assert done.returncode == 0, done.stdout + done.stderr

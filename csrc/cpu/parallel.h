@@ -107,11 +107,12 @@ class Progress {
 class Chains {
  public:
   using Clock = std::chrono::steady_clock;
-  // Of a thread: the chain of its last task, or to begin with; when that task began; and where the
-  // hindmost chain was when the thread last waited for a task in vain.
+  // Of a thread: the chain of its last task, or to begin with; when that task began, and how long
+  // the one before took; and where the hindmost chain was when the thread last waited in vain.
   struct Place {
     size_t chain;
     Clock::time_point began{};
+    Clock::duration took = std::chrono::milliseconds(1);
     int64_t stuck = -1;
   };
 
@@ -125,7 +126,7 @@ class Chains {
       if (least == past) return -1;
       const int64_t left = past - least;
       const int64_t most = least + (least == place->stuck ? left : left / kAhead);
-      // One whose task before is done, if there is one; of those the hindmost, or that of before.
+      // That of before if its task can begin, else another that can, else the hindmost.
       size_t best = place->chain;
       int64_t task = past;
       bool ready = false;
@@ -133,32 +134,37 @@ class Chains {
         const size_t next = (place->chain + k) % chains_.size();
         const int64_t taken = chains_[next].taken.load(kRelaxed);
         const bool can = chains_[next].done.load(kRelaxed) == taken;
-        if (taken > most || can < ready || (can == ready && taken >= task)) continue;
+        if (taken == past || taken > most || can < ready || (can == ready && taken >= task))
+          continue;
         best = next, task = taken, ready = can;
+        if (k == 0 && ready) break;
       }
       Chain& chain = chains_[best];
       int64_t expected = task;
       if (task == past || !chain.taken.compare_exchange_strong(expected, task + 1)) continue;
       const auto met = [&] { return chain.done.load(std::memory_order_acquire) == task; };
-      if (!ready) {
-        // The thread that has the task before goes on in another chain, unless it lost its core:
-        // then this one does.
-        const auto now = Clock::now(), patient = now + kPatience * (now - place->began);
-        wait_until([&] { return met() || Clock::now() > patient; });
+      // The thread that has the task before it goes on in another chain, unless it has lost its
+      // core: then this one does, if it has not tried that.
+      bool gives_up = false;
+      const auto patient = ready ? Clock::time_point{} : Clock::now() + kPatience * place->took;
+      wait_until([&] {
+        if (met()) return true;
+        if (ready || place->stuck == least || Clock::now() <= patient) return false;
         expected = task + 1;
-        if (!met() && chain.taken.compare_exchange_strong(expected, task)) {
-          place->stuck = least;
-          continue;
-        }
+        return gives_up = chain.taken.compare_exchange_strong(expected, task);
+      });
+      if (gives_up) {
+        place->stuck = least;
+        continue;
       }
-      wait_until(met);
       place->chain = best;
       place->began = Clock::now();
       return task;
     }
   }
-  void done(const Place& place) {
-    chains_[place.chain].done.fetch_add(1, std::memory_order_release);
+  void done(Place* place) {
+    place->took = Clock::now() - place->began;
+    chains_[place->chain].done.fetch_add(1, std::memory_order_release);
   }
 
  private:
