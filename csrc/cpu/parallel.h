@@ -118,7 +118,7 @@ class Chains {
 
   explicit Chains(int count) : chains_(size_t(count)) {}
   // The next task of those before `past`, which begins now, in the chain `place->chain`: the one
-  // the thread was in, unless that is far ahead of another. -1 where none is left.
+  // the thread was in, unless that is far ahead of another. -1 where there is none for this thread.
   int64_t take(Place* place, int64_t past) {
     for (;;) {
       int64_t least = past;
@@ -139,6 +139,8 @@ class Chains {
         best = next, task = taken, ready = can;
         if (k == 0 && ready) break;
       }
+      // The last task of a chain stays with the thread that has the one before: its data is there.
+      if (!ready && task == past - 1) return -1;
       Chain& chain = chains_[best];
       int64_t expected = task;
       if (task == past || !chain.taken.compare_exchange_strong(expected, task + 1)) continue;
