@@ -1,9 +1,8 @@
 // The arrays of a Python caller as the kernels see them: NumPy's, and torch's through DLPack.
-// Included only by bindings.cpp.
+// Included by bindings.cpp and half.h.
 #pragma once
 
 #include <pybind11/numpy.h>
-#include <sys/auxv.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -12,16 +11,16 @@ namespace fastlstm {
 
 struct Array {
   static constexpr int kDims = 4;
-  void* data = nullptr;  // null for None
-  int itemsize = 0;      // 4 or 8: float32 or float64 in native order; 2: half precision
-  bool brain = false;    // which half: bfloat16
+  void* data = nullptr;   // null for None
+  int itemsize = 0;       // 4 or 8: float32 or float64 in native order; 2: half precision
+  bool bfloat16 = false;  // which half: bfloat16
   int dims = 0;
   int64_t shape[kDims] = {};
   int64_t step[kDims] = {};  // strides, counting elements
 
   bool half() const { return itemsize == 2; }
   bool same_dtype(const Array& other) const {
-    return itemsize == other.itemsize && brain == other.brain;
+    return itemsize == other.itemsize && bfloat16 == other.bfloat16;
   }
   // Of its elements, if they lie without gaps.
   int64_t bytes() const {
@@ -87,7 +86,7 @@ struct Exchange {
   void* stream;
 };
 constexpr int32_t kCpu = 1;
-constexpr uint8_t kFloat = 2, kBrain = 4;
+constexpr uint8_t kFloat = 2, kBfloat = 4;
 }  // namespace dlpack
 
 // What is known of torch; nothing until fastlstm.nn says.
@@ -114,20 +113,22 @@ inline bool view_numpy(py::handle object, Array* out) {
   out->data = array->data;
   out->dims = array->nd;
   for (int d = 0; d < array->nd; ++d) {
-    if (array->strides[d] % out->itemsize) return false;
     out->shape[d] = array->dimensions[d];
-    out->step[d] = array->strides[d] / out->itemsize;
+    const int64_t stride = out->shape[d] == 1 ? 0 : array->strides[d];  // of one it may be anything
+    if (stride % out->itemsize) return false;
+    out->step[d] = stride / out->itemsize;
   }
   return true;
 }
 
 // Whether a tensor has memory where it says. A view with an offset into a storage that was given
-// back has an address, too, but one below all of the program: only there torch is asked.
+// back has an address, too: that offset. So torch is asked where an address can be one.
 inline bool in_memory(py::handle tensor, const Array& array) {
-  static const uintptr_t program = getauxval(AT_PHDR);
+  constexpr uintptr_t kOffsets = uintptr_t(1) << 40;  // more than any storage has bytes
   if (!array.data || array.empty()) return array.empty();
-  return uintptr_t(array.data) >= program ||
-         tensor.attr("untyped_storage")().attr("nbytes")().cast<int64_t>() > 0;
+  return uintptr_t(array.data) >= kOffsets ||
+         tensor.attr("storage_offset")().cast<uintptr_t>() * uintptr_t(array.itemsize) !=
+             uintptr_t(array.data);
 }
 
 inline bool view_dlpack(py::handle object, Array* out) {
@@ -137,14 +138,14 @@ inline bool view_dlpack(py::handle object, Array* out) {
     return false;
   }
   const auto [code, bits, lanes] = tensor.dtype;
-  const bool brain = code == dlpack::kBrain && bits == 16;
+  const bool bfloat16 = code == dlpack::kBfloat && bits == 16;
   const bool readable =
-      brain || (code == dlpack::kFloat && (bits == 16 || bits == 32 || bits == 64));
+      bfloat16 || (code == dlpack::kFloat && (bits == 16 || bits == 32 || bits == 64));
   if (tensor.device.type != dlpack::kCpu || !readable || lanes != 1 || tensor.dims > Array::kDims)
     return false;
   out->data = static_cast<char*>(tensor.data) + tensor.byte_offset;
   out->itemsize = bits / 8;
-  out->brain = brain;
+  out->bfloat16 = bfloat16;
   out->dims = tensor.dims;
   for (int d = 0; d < tensor.dims; ++d) {
     out->shape[d] = tensor.shape[d];
@@ -163,7 +164,7 @@ inline bool view_attributes(py::handle object, Array* out) {
   const py::tuple strides = object.attr("stride")();
   out->itemsize = object.attr("element_size")().cast<int>();
   if (out->itemsize < 2) return false;  // float8
-  out->brain = py::str(object.attr("dtype")).equal(py::str("torch.bfloat16"));
+  out->bfloat16 = py::str(object.attr("dtype")).equal(py::str("torch.bfloat16"));
   out->data = reinterpret_cast<void*>(object.attr("data_ptr")().cast<uintptr_t>());
   out->dims = int(shape.size());
   for (int d = 0; d < out->dims; ++d) {

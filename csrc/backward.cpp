@@ -149,9 +149,7 @@ class BackwardPass {
       product.b = right;
       product.c = {dw + m * columns, columns, 0, 1};
       product.columns = {columns, false};
-      product.start = nullptr;
       product.accumulate = !first;
-      product.given = false;
       product.strip = true;
       product.scratch = scratch;
       products_.product(product, 0, count, 0, shape.count);

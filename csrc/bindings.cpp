@@ -110,7 +110,7 @@ Layer<T> layer(const Arrays& weights, int parts, int k, bool reverse) {
 // Whether all that is there is bfloat16.
 bool in_bf16(const Arrays& arrays) {
   return std::all_of(arrays.begin(), arrays.end(),
-                     [](const Array& array) { return !array.data || array.brain; });
+                     [](const Array& array) { return !array.data || array.bfloat16; });
 }
 
 // `parts` are the directions of all layers, of which x and y have `directions`. Arrays of float32
@@ -436,7 +436,7 @@ py::object infer(py::handle x, py::handle state, py::handle weights, int64_t D, 
 std::string described(const Array& array) {
   std::string text = array.itemsize == 8   ? "float64"
                      : array.itemsize == 4 ? "float32"
-                     : array.brain         ? "bfloat16"
+                     : array.bfloat16      ? "bfloat16"
                                            : "float16";
   for (int d = 0; d < array.dims; ++d) text += (d ? ", " : " (") + std::to_string(array.shape[d]);
   return text + (array.dims ? ")" : " ()");
@@ -625,33 +625,37 @@ void use_torch(py::type tensor, py::type parameter, py::function memory, py::obj
            usable ? table : nullptr};
 }
 
-Machine machine(int itemsize) {
-  return with_type(itemsize, [&](auto* type) {
-    return machine_of(kernels<std::remove_pointer_t<decltype(type)>>());
-  });
-}
-
 py::dict show_plan(int64_t T, int64_t N, int64_t D, int64_t H, int threads, int itemsize,
                    bool backward, int layers) {
-  const Sizes sizes{T, N, D, H, H};
-  const Machine m = machine(itemsize);
-  const Plan plan =
-      backward ? plan_backward(sizes, m, m, threads) : plan_forward(sizes, m, threads);
-  py::dict shown;
-  shown["row_groups"] = plan.row_groups;
-  shown["panel_groups"] = plan.panel_groups;
-  shown["threads"] = plan.threads();
-  shown["direct"] = plan.direct;
-  shown["across"] = plan.across;
-  const Use use = backward ? use_backward(sizes, false) : use_forward(sizes, m, false);
-  shown["floats_on_tiles"] = use == Use::floats_on_tiles;
-  shown["products_on_tiles"] =
-      backward && use_products_backward(sizes, false) == Use::floats_on_tiles;
-  shown["input_in_step"] = plan.input_in_step;
-  shown["block"] = plan.block;
-  shown["task"] = plan.task;
-  shown["layers_at_once"] = layers_at_once({T, N, H, H, H}, D, m, layers, threads);
-  return shown;
+  return with_type(itemsize, [&](auto* type) {
+    using E = std::remove_pointer_t<decltype(type)>;
+    const Sizes sizes{T, N, D, H, H}, upper{T, N, H, H, H};
+    const Machine plain = machine_of(kernels<E>());
+    const Use forward = use_forward(sizes, plain, false);
+    const Use use = backward ? use_backward(sizes, false) : forward;
+    const Use products = backward ? use_products_backward(sizes, false) : use;
+    const Machine machine = machine_of(kernels<E>(use));
+    const Plan plan = backward
+                          ? plan_backward(sizes, machine, machine_of(kernels<E>(products)), threads)
+                          : plan_forward(sizes, machine, threads);
+    const auto &of_first = kernels<E>(forward),
+               &of_upper = kernels<E>(use_forward(upper, plain, false));
+    py::dict shown;
+    shown["row_groups"] = plan.row_groups;
+    shown["panel_groups"] = plan.panel_groups;
+    shown["threads"] = plan.threads();
+    shown["direct"] = plan.direct;
+    shown["across"] = plan.across;
+    shown["floats_on_tiles"] = sizeof(E) == 4 && use == Use::floats_on_tiles;
+    shown["products_on_tiles"] = sizeof(E) == 4 && products == Use::floats_on_tiles;
+    shown["input_in_step"] = plan.input_in_step;
+    shown["block"] = plan.block;
+    shown["task"] = plan.task;
+    shown["layers_at_once"] = &of_first == &of_upper
+                                  ? layers_at_once(upper, D, machine_of(of_upper), layers, threads)
+                                  : 1;
+    return shown;
+  });
 }
 
 template <class T>

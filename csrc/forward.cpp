@@ -125,9 +125,7 @@ class ForwardPass {
           product.c = z.block(0, n0, n1 - n0);
           product.columns = {hidden, true};
           product.start = bias;
-          product.accumulate = false;
           product.given = true;
-          product.strip = false;
           product.scratch = scratch;
           kernel.product(product, 0, count * (n1 - n0), p0, p1);
         }
@@ -186,7 +184,7 @@ class ForwardPass {
         }
       };
       if (in.h_n) last(y, output, in.h_n);
-      if (in.c_n && in.cells) last(kept_cells, hidden, in.c_n);
+      if (in.cells) last(kept_cells, hidden, in.c_n);
     }
   }
 
@@ -262,9 +260,8 @@ bool run_in_wave(Linked<T>* layers, int count, const Kernels<T>& kernel, PlanOf&
 template <class T>
 bool spoiled(const Forward<T>& in, const Kernels<T>& kernel) {
   const auto [steps, batch, input, hidden, output] = in.sizes;
-  const Rows<T> cells{in.cells, batch * hidden, hidden, batch};
   return (in.h_n ? kernel.has_nan(in.h_n, batch * output) : has_nan(in.y, output, in, kernel)) ||
-         (in.c_n ? kernel.has_nan(in.c_n, batch * hidden) : has_nan(cells, hidden, in, kernel));
+         kernel.has_nan(in.c_n, batch * hidden);
 }
 
 // The kernels of the first layer, whose input has another size, and of those above it.

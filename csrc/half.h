@@ -16,7 +16,7 @@
 namespace fastlstm {
 
 inline Element element_of(const Array& array) {
-  return !array.half() ? Element::full : array.brain ? Element::bfloat16 : Element::float16;
+  return !array.half() ? Element::full : array.bfloat16 ? Element::bfloat16 : Element::float16;
 }
 
 class InFloat32 {
@@ -54,7 +54,7 @@ class InFloat32 {
     Copy copy{*array, nullptr, 1, 0};
     for (int d = 0; d < array->dims; ++d) copy.count *= array->shape[d];
     array->itemsize = sizeof(float);
-    array->brain = false;
+    array->bfloat16 = false;
     int64_t step = 1;
     for (int d = array->dims - 1; d >= 0; step *= array->shape[d--]) array->step[d] = step;
     if (!copy.count) return;

@@ -59,6 +59,7 @@ struct Matrix {
   Element element = Element::full;
 
   const T* full() const { return static_cast<const T*>(data); }
+  int64_t element_size() const { return element == Element::full ? sizeof(T) : sizeof(Float16); }
   explicit operator bool() const { return data; }
 };
 
@@ -100,7 +101,7 @@ struct Forward {
   const T* c0;          // (N, H) or null: zeros
   Rows<T> y;            // (T, N, P)  h_t, at the time of x_t
   T* h_n;               // (N, P) or null
-  T* c_n;               // (N, H), or null where cells is not
+  T* c_n;               // (N, H)
   T* gates;             // (T, N, 4, H) i f g o after their activations, or null: keep nothing
   Float16* half_gates;  // the same in float16, instead of gates
   T* cells;             // (T, N, H) c_t, or null

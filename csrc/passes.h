@@ -180,9 +180,7 @@ void product_of_group(const Kernels<T>& kernel, const Plan& plan, int member, Ro
   product.b = b;
   product.c = c;
   product.columns = {columns, false};
-  product.start = nullptr;
   product.accumulate = accumulate;
-  product.given = product.strip = false;
   product.scratch = scratch;
   const auto [from, past] = share(shape.count, plan.panel_groups, member);
   kernel.product(product, 0, count, from, past);

@@ -18,7 +18,7 @@ void use_isa(const std::string& name);
 void use_default_isa();
 std::string active_isa();
 
-// The kernels for that use, or for any where there are none of their own.
+// The kernels for that use, or those for any where the active ISA has none of their own.
 template <class T>
 const Kernels<T>& kernels(Use use = Use::any);
 

@@ -44,11 +44,11 @@ struct Product {
   Panels<T> b;
   Rows<T> c;
   Columns columns;
-  const T* start;
-  bool accumulate;
-  bool given;  // A is x, which may be bfloat16; this and `strip` matter to kernels on tiles only
-  bool strip;  // A is what `transpose` wrote
-  T* scratch;  // memory of `scratch_size`
+  const T* start = nullptr;
+  bool accumulate = false;
+  bool given = false;  // A is x, which may be bfloat16; this and `strip` matter to tiles only
+  bool strip = false;  // A is what `transpose` wrote
+  T* scratch;          // memory of `scratch_size`
 };
 
 // One time step for rows n of the batch and units j. Row strides count elements.
@@ -127,8 +127,8 @@ struct Kernels {
   void (*pack_columns)(Matrix<T> w, int64_t depth, int64_t columns, int64_t p0, int64_t p1,
                        Panels<T> to);
   // out[m - m0][k] = a[k][m] for m0 <= m < m1, k < count; `step` between the rows of out, or their
-  // place in memory of its own for kernels of bfloat16. The rows of a are evenly spaced, by
-  // a.step_n.
+  // place in memory of its own for kernels on tiles, which ignore it. The rows of a are evenly
+  // spaced, by a.step_n.
   void (*transpose)(Rows<const T> a, int64_t count, int64_t m0, int64_t m1, T* out, int64_t step);
   // out[m] (+)= sum_k a[m][k] for m < rows, k < columns, of what `transpose` wrote with that step.
   void (*sum_rows)(const T* a, int64_t step, int64_t rows, int64_t columns, T* out,

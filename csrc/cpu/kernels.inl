@@ -594,13 +594,12 @@ int64_t across_size(int64_t depth) {
 // A row of w, widened to `buffer` where its elements are halves.
 template <class T>
 FASTLSTM_INLINE const T* full_row(const Matrix<T>& w, int64_t row, int64_t depth, T* buffer) {
-  const T* found = w.full() + row * depth;
   if constexpr (sizeof(T) == sizeof(float))
     if (w.element != Element::full) {
       widen<T>(static_cast<const Float16*>(w.data) + row * depth, w.element, depth, buffer);
-      found = buffer;
+      return buffer;
     }
-  return found;
+  return w.full() + row * depth;
 }
 
 // z^T = W [x h]^T for `count` rows of the batch, V vectors of them: x and h are turned once, c
@@ -641,8 +640,9 @@ void across(const StepForward<T>& in, int64_t n, int64_t count, int64_t p0, int6
         for (int m = 0; m < M; ++m)
           a[m] = full_row(w, row_of(m / R, u + m % R), depth, buffer + m * depth);
         // In four turns, about the next rows of one gate each.
-        const int64_t later = row_of(int(u / R % 4), (u / M + 1) * M);
-        multiply<T, M, V>(a, depth, b, row, w.full() + later * depth, z);
+        const int64_t later = row_of(int(u / R % 4), (u / M + 1) * M) * depth * w.element_size();
+        const auto* ahead = static_cast<const char*>(w.data) + later;
+        multiply<T, M, V>(a, depth, b, row, reinterpret_cast<const T*>(ahead), z);
       };
       add(in.w_ih, in.input, x);
       add(in.w_hh, in.output, h);
@@ -808,34 +808,36 @@ bool has_nan(const T* x, int64_t count) {
 
 template <class T>
 constexpr Kernels<T> table() {
-  constexpr int VL = lanes<T>();
-  return {VL,
-          kPanelVectors * VL,
-          1,
-          kPanelVectors / 2.0,  // two fused multiply-adds a cycle
-          1,
-          96,
-          512,
-          96 * 512,
-          [](int64_t, int64_t) { return int64_t(0); },
-          across_size<T>,
-          pack_gates<T>,
-          pack_rows<T>,
-          pack_matrix<T>,
-          pack_columns<T>,
-          transpose<T>,
-          sum_rows<T>,
-          outer<T>,
-          product<T>,
-          step_forward<T>,
-          step_forward_direct<T>,
-          step_forward_across<T>,
-          step_backward<T>,
-          widen<T>,
-          narrow<T>,
-          has_nan<T>,
-          map<T>,
-          fma_loop<T>};
+  Kernels<T> kernels{};
+  kernels.lanes = lanes<T>();
+  kernels.panel_row = kPanelVectors * kernels.lanes;
+  kernels.panel_depth = 1;
+  kernels.panel_cycles = kPanelVectors / 2.0;  // two fused multiply-adds a cycle
+  kernels.tile_rows = 1;
+  // Of 512 rows dW was faster than of 256, and of 1024 no faster (benchmarks/NOTES.md).
+  kernels.strip_rows = 96;
+  kernels.strip_depth = 512;
+  kernels.strip_size = kernels.strip_rows * kernels.strip_depth;
+  kernels.scratch_size = [](int64_t, int64_t) { return int64_t(0); };
+  kernels.across_size = across_size<T>;
+  kernels.pack_gates = pack_gates<T>;
+  kernels.pack_rows = pack_rows<T>;
+  kernels.pack_matrix = pack_matrix<T>;
+  kernels.pack_columns = pack_columns<T>;
+  kernels.transpose = transpose<T>;
+  kernels.sum_rows = sum_rows<T>;
+  kernels.outer = outer<T>;
+  kernels.product = product<T>;
+  kernels.step_forward = step_forward<T>;
+  kernels.step_forward_direct = step_forward_direct<T>;
+  kernels.step_forward_across = step_forward_across<T>;
+  kernels.step_backward = step_backward<T>;
+  kernels.widen = widen<T>;
+  kernels.narrow = narrow<T>;
+  kernels.has_nan = has_nan<T>;
+  kernels.map = map<T>;
+  kernels.fma_loop = fma_loop<T>;
+  return kernels;
 }
 
 }  // namespace

@@ -171,7 +171,8 @@ class Chains {
 
  private:
   static constexpr auto kRelaxed = std::memory_order_relaxed;
-  static constexpr int64_t kAhead = 8;  // a chain may be ahead by so much of what another lacks
+  // A chain may be ahead of another by 1/kAhead of the tasks that this lacks.
+  static constexpr int64_t kAhead = 8;
   static constexpr int kPatience = 4;  // a thread waits so many times as long as its last task took
   struct alignas(64) Chain {
     std::atomic<int64_t> taken{0}, done{0};

@@ -60,7 +60,7 @@ FASTLSTM_INLINE Vec<T> broadcast(T s) {
   return s - Vec<T>{};  // x - 0 is x, -0 and NaN included
 }
 
-// a * b + c, rounded once where the ISA can.
+// fma(a, b, c): a * b + c, rounded once where the ISA can.
 // load(p, n): the first n lanes from memory, zeros above. store(p, v, n): the first n lanes only.
 // at_most(x, bound), at_least(x, bound): the smaller or larger; a NaN in x stays.
 // ldexp(v, n): v * 2^n for an integral n, right for denormal results and beyond the exponent range.

@@ -11,13 +11,15 @@
 
 namespace fastlstm {
 
+constexpr int64_t kHuge = 2 << 20;  // bytes of a huge page
+
 // Asks for huge pages for memory that is about to be written for the first time, as NumPy does for
 // arrays of 4 MiB: the system then zeroes 512 pages in one fault. Only whole huge pages inside.
 inline void prefer_huge_pages(void* memory, int64_t size) {
-  constexpr uintptr_t kHuge = 2 << 20;
-  if (!memory || size < int64_t(2 * kHuge)) return;
-  const uintptr_t from = (uintptr_t(memory) + kHuge - 1) & ~(kHuge - 1);
-  const uintptr_t past = (uintptr_t(memory) + uintptr_t(size)) & ~(kHuge - 1);
+  if (!memory || size < 2 * kHuge) return;
+  constexpr uintptr_t kInside = kHuge - 1;
+  const uintptr_t from = (uintptr_t(memory) + kInside) & ~kInside;
+  const uintptr_t past = (uintptr_t(memory) + uintptr_t(size)) & ~kInside;
   madvise(reinterpret_cast<void*>(from), past - from, MADV_HUGEPAGE);
 }
 
@@ -54,7 +56,6 @@ class Scratch {
     size_ = 0;
   }
 
-  static constexpr int64_t kHuge = 2 << 20;
   static constexpr int64_t kKept = 64 << 20;
   char* memory_ = nullptr;
   int64_t size_ = 0;
@@ -125,6 +126,7 @@ class Block {
   // or was when this process forked, there is memory without it.
   class Pool {
    public:
+    Pool() { free_.reserve(kMostFree); }  // give() comes from a destructor and must not throw
     // A block of the room asked for or up to a quarter more.
     bool take(void** memory, int64_t* room) {
       const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
@@ -144,7 +146,7 @@ class Block {
     bool give(void* memory, int64_t room) {
       const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
       if (!lock || room > kKept) return false;
-      while (total_ + room > kKept) {
+      while (total_ + room > kKept || free_.size() == kMostFree) {
         total_ -= free_.front().room;
         release(free_.front().memory, free_.front().room);
         free_.erase(free_.begin());
@@ -162,6 +164,7 @@ class Block {
     };
     static constexpr int64_t kKept = 256 << 20;
     static constexpr int64_t kUnmarked = 64 << 20;
+    static constexpr size_t kMostFree = 1024;
     std::mutex mutex_;
     std::vector<Free> free_;
     int64_t total_ = 0;
@@ -184,7 +187,6 @@ class Block {
   static void release(void* memory, int64_t room) { ::operator delete(memory, alignment(room)); }
 
   static constexpr int64_t kPage = 4096;
-  static constexpr int64_t kHuge = 2 << 20;
   static constexpr int64_t kMost = int64_t(1) << 48;  // no process has so many addresses
   int64_t size_, room_;
   void* memory_ = nullptr;
