@@ -40,7 +40,6 @@ class _Left:
 
     def __init__(self) -> None:
         self.factors: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.versions: list[list[int]] = []  # of x and h
         self.rows = 0
         self.total: list[Any] | None = None
 
@@ -55,16 +54,14 @@ class Steps:
 
     def leave(self, x: Tensor, h: Tensor | None, dz: Tensor) -> None:
         """Leave the factors of one step: x (N, D), h before it (N, H) or None, dz (N, 4H)."""
-        if h is None:
-            h = x.new_zeros(x.shape[0], self.weights[1].shape[1])
+        # Copies: whoever unpacked x and h may use their memory again once the step's node has run.
+        x = x.clone()
+        h = x.new_zeros(x.shape[0], self.weights[1].shape[1]) if h is None else h.clone()
         task = torch._C._current_graph_task_id()
         left = self._left.get(task)
         if left is None:
             left = self._left[task] = _Left()
-        # Detached: they would hold the graph before them, and that this object, beyond an error.
-        x, h = x.detach(), h.detach()
         left.factors.append((x, h, dz))
-        left.versions.append(_versions(x, h))
         left.rows += x.shape[0]
         if left.rows >= _ROWS:
             self._multiply(left)
@@ -80,23 +77,14 @@ class Steps:
         return left.total
 
     def _multiply(self, left: _Left) -> None:
-        if left.versions != [_versions(x, h) for x, h, _ in left.factors]:
-            raise RuntimeError(
-                "input or hx: expected as it was when backward() came to its step, but it has been "
-                "modified by an inplace operation since"
-            )
         x, h, dz = map(torch.cat, zip(*left.factors, strict=True))
         threads = torch.get_num_threads()
         found = _core.weight_gradients(x, h, dz, self.needed, threads)
-        left.factors, left.versions, left.rows = [], [], 0
+        left.factors, left.rows = [], 0
         if left.total is not None:
             pairs = zip(left.total, found, strict=True)
             found = [None if part is None else total + part for total, part in pairs]
         left.total = found
-
-
-def _versions(*tensors: Tensor) -> list[int]:
-    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _compiled() -> bool:
