@@ -269,6 +269,34 @@ def test_no_grad_and_inference_mode():
 
 
 @pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
+@pytest.mark.parametrize("wanted", ["input", "weights"])
+def test_enable_grad_does_not_end_inference_mode(wanted, cell):
+    ours, theirs = pair(D, H, cell=cell)
+    x = leaf(N, D, grad=wanted == "input") if cell else leaf(T, N, D, grad=wanted == "input")
+    for module in (ours, theirs):
+        module.requires_grad_(wanted == "weights")
+    with torch.inference_mode(), torch.enable_grad():
+        found, expected = (flatten(module(x)) for module in (ours, theirs))
+        assert_close(found, expected)
+        assert not any(t.requires_grad for t in found) and all(t.is_inference() for t in found)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_cell_whose_bias_flag_changes(bias):
+    """torch's counts at construction only."""
+    ours, theirs = pair(D, H, cell=True, bias=not bias)
+    ours.bias = theirs.bias = bias
+    assert_same(ours, theirs, leaf(N, D))
+
+
+def test_an_lstm_whose_layers_change():
+    lstm = fastlstm.nn.LSTM(D, H, num_layers=2)
+    lstm.num_layers = 1
+    with pytest.raises(RuntimeError, match=r"num_layers, .*: expected .* 8 weights, got 4"):
+        lstm(leaf(T, N, D))
+
+
+@pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
 def test_gradients_accumulate(cell):
     ours, theirs = pair(D, H, cell=cell)
     x = leaf(N, D) if cell else leaf(T, N, D)
@@ -1190,21 +1218,23 @@ def test_dtypes_under_autocast(dtype, bidirectional, proj_size, kind):
     lengths = [T, T - 2, 1] if kind == "ragged" else [T] * N
     sizes = (proj_size or H, H)
 
-    def run(module, x, state):
-        with torch.autocast("cpu", dtype):
+    def run(module, x, state, training):
+        with torch.autocast("cpu", dtype), torch.set_grad_enabled(training):
             return [t for t in flatten(module(x, state)) if t is not None]
 
     compared = 0
-    for of_x, of_state in itertools.product((F32, *HALF), (None, F32, *HALF)):
+    for of_x, of_state, training in itertools.product(
+        (F32, *HALF), (None, F32, *HALF), (False, True)
+    ):
         x = leaf(T, N, D).detach().to(of_x)
         if kind != "dense":
             x = rnn.pack_padded_sequence(x, lengths)
         state = of_state and [
             leaf(4 if bidirectional else 2, N, size, dtype=of_state) for size in sizes
         ]
-        mine = run(ours, x, state)
+        mine = run(ours, x, state, training)
         try:
-            expected = run(theirs, x, state)
+            expected = run(theirs, x, state, training)
         except RuntimeError:  # no instructions for it, or two halves of different dtypes
             continue
         compared += 1
@@ -1212,6 +1242,18 @@ def test_dtypes_under_autocast(dtype, bidirectional, proj_size, kind):
         for one, other in zip(mine, expected, strict=True):
             assert (one.float() - other.float()).abs().max() < 0.02
     assert compared
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_an_empty_batch_under_autocast(dtype):
+    ours, theirs = pair(D, H)
+    x = leaf(T, 0, D, grad=False)
+
+    def run(module):
+        with torch.autocast("cpu", dtype):
+            return [t.dtype for t in flatten(module(x))]
+
+    assert run(ours) == run(theirs)
 
 
 def test_autocast_leaves_float64_alone():
@@ -1367,7 +1409,7 @@ def test_a_state_that_unpacks_to_others():
     assert_same_outcome(lambda: ours(leaf(T, N, D), state), lambda: theirs(leaf(T, N, D), state))
 
 
-@pytest.mark.parametrize("offset", [0, 1000])
+@pytest.mark.parametrize("offset", [0, 1000, 4_000_000])  # the last in or past the program
 @pytest.mark.parametrize("cell", [False, True])
 def test_weights_that_lost_their_memory(cell, offset):
     """An error, where torch's own modules end the process."""

@@ -17,7 +17,7 @@ _MAX_BYTES = 2**62  # below the range of int64 with room for what kernels add up
 
 def float_dtype(name: str, dtype: Any) -> np.dtype[Any]:
     """Return `dtype` as a native float32 or float64, or raise TypeError."""
-    if dtype not in FLOATS:
+    if dtype is None or dtype not in FLOATS:  # None equals float64 for NumPy
         raise TypeError(
             f"{name}: expected dtype float32 or float64 (native byte order), got {dtype}"
         )
@@ -26,21 +26,22 @@ def float_dtype(name: str, dtype: Any) -> np.dtype[Any]:
 
 
 def array(name: str, value: Any, dtype: np.dtype[Any] | None = None) -> Array:
-    """Return `value` if it is an ndarray of `dtype` (of float32 or float64 if None)."""
+    """Return `value` if it is an ndarray of `dtype`, or of float32 or float64, as a plain one."""
     if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name}: expected a numpy.ndarray, got {type(value).__name__}")
     if dtype is None:
         float_dtype(name, value.dtype)
     elif value.dtype != dtype:
         raise TypeError(f"{name}: expected dtype {dtype}, got {value.dtype}")
-    return value
+    return np.asarray(value)  # a np.matrix would have two dimensions whatever is taken of it
 
 
 def shaped(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Return `value` if it is an ndarray of exactly this shape and dtype."""
-    if array(name, value, dtype).shape != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {value.shape}")
-    return value  # type: ignore[no-any-return]
+    """Return `value` if it is an ndarray of exactly this shape and dtype, as a plain one."""
+    found = array(name, value, dtype)
+    if found.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {found.shape}")
+    return found
 
 
 def packed(value: Array) -> Array:
@@ -85,9 +86,23 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def weight_shapes(
+    D: int, H: int, P: int, layers: int, directions: int, bias: bool
+) -> list[tuple[int, ...]]:
+    """Return the shapes of all weights, in the order of `nn.LSTM._flat_weights`; P is proj_size."""
+    shapes: list[tuple[int, ...]] = []
+    for k in range(layers):
+        inputs = directions * (P or H) if k else D
+        biases = [(4 * H,), (4 * H,)] if bias else []
+        projection = [(P, H)] if P else []
+        shapes += [(4 * H, inputs), (4 * H, P or H), *biases, *projection] * directions
+    return shapes
+
+
 def sizes(name: str, T: int, N: int, D: int, H: int, itemsize: int) -> None:
     """Raise ValueError where a pass of these sizes could not be addressed."""
-    # Activations, weights, and the widest padding of a panel (64 columns).
+    # Activations, weights, and the widest padding of a panel (64 columns); eight times all of it is
+    # more than a pass holds.
     if (
         8 * itemsize * (T * (N + 1) * (D + H + 64) + (D + 64) * (H + 64) + (H + 64) ** 2)
         > _MAX_BYTES

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _check
+
 HALF = (torch.bfloat16, torch.float16)
 
 # For each kind of device that has kernels; `_cuda_layer` adds its own where they are switched on.
@@ -44,19 +46,6 @@ def layer_in_float32(
     return y, h_n, c_n
 
 
-def weight_shapes(
-    D: int, H: int, P: int, layers: int, directions: int, bias: bool
-) -> list[tuple[int, ...]]:
-    """Return the shapes of all weights, in the order of `nn.LSTM._flat_weights`; P is proj_size."""
-    shapes: list[tuple[int, ...]] = []
-    for k in range(layers):
-        inputs = directions * (P or H) if k else D
-        biases = [(4 * H,), (4 * H,)] if bias else []
-        projection = [(P, H)] if P else []
-        shapes += [(4 * H, inputs), (4 * H, P or H), *biases, *projection] * directions
-    return shapes
-
-
 def fits(
     x: Any,
     hx: Any,
@@ -82,7 +71,7 @@ def fits(
         N = x.shape[0 if dims == 2 or batch_first else 1]
     bias = len(weights) // (layers * directions) >= 4
     x_shape = (*x.shape[:-1], D)
-    shapes = [x_shape, *weight_shapes(D, H, P, layers, directions, bias)]
+    shapes = [x_shape, *_check.weight_shapes(D, H, P, layers, directions, bias)]
     tensors = [x, *weights]
     if hx is not None:
         if not isinstance(hx, (tuple, list)) or len(hx) != 2:

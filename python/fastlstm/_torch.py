@@ -207,8 +207,10 @@ def run_backward(
 
 
 def wants_grad(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, h0, c0, *weights)
+    return (
+        torch.is_grad_enabled()
+        and not torch.is_inference_mode_enabled()  # enable_grad() does not end it
+        and any(tensor is not None and tensor.requires_grad for tensor in (x, h0, c0, *weights))
     )
 
 
@@ -239,7 +241,7 @@ class Step(Node):
     def forward(
         ctx: Any, x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        h, c, gates, cells = new_step(x, h0, c0, list(weights), keep=True)
+        h, _, c, (gates, cells, _) = run_forward(x, h0, c0, list(weights), 1, (), keep=True)
         # Not c itself, which the caller may change in place.
         ctx.save_for_backward(gates, cells, x, h0, c0, *weights)
         ctx.set_materialize_grads(False)
@@ -259,15 +261,6 @@ class Step(Node):
         return _composite.step_backward(inputs, grads, needed) if found is None else found
 
 
-def new_step(
-    x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], keep: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Run one step of a cell on x (N, D): h and c (N, H) and, with `keep`, gates and cells."""
-    threads = torch.get_num_threads()
-    h, _, c, gates, cells, _ = _core.run_layer(x, h0, c0, weights, 1, (), keep, threads)
-    return h, c, gates, cells
-
-
 def run_step(
     x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
@@ -275,4 +268,5 @@ def run_step(
     if wants_grad(x, h0, c0, weights):
         result: tuple[Tensor, Tensor] = _steps.apply(Step, (x, h0, c0), weights)
         return result
-    return new_step(x, h0, c0, weights, keep=False)[:2]
+    h, _, c, _ = run_forward(x, h0, c0, weights, 1, (), keep=False)
+    return h, c

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _core, _cuda_layer, _dynamo, _fx, _ops, _tensors, _transforms
+from . import _check, _core, _cuda_layer, _dynamo, _fx, _ops, _tensors, _transforms
 from ._torch import run_layer, run_step
 
 __all__ = ["LSTM", "LSTMCell", "convert", "explain", "revert"]
@@ -32,6 +32,18 @@ def _observed() -> bool:
     )
 
 
+_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+_ONEDNN_BF16: bool = _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+_ONEDNN_F16: bool = _ONEDNN and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def _onednn_takes(dtype: torch.dtype) -> bool:
+    """Return whether nn.LSTM gives an x of this dtype to oneDNN: `use_mkldnn` in its RNN.cpp."""
+    if dtype == torch.float16:
+        return _ONEDNN_F16 and not torch.is_grad_enabled()
+    return _ONEDNN_BF16 if dtype == torch.bfloat16 else _ONEDNN
+
+
 def _autocast_dtype(x: Any, hx: Any, weights: list[Any], fused: bool) -> torch.dtype | None:
     """Return the dtype in which a call runs under autocast, None where autocast leaves it alone.
 
@@ -47,7 +59,7 @@ def _autocast_dtype(x: Any, hx: Any, weights: list[Any], fused: bool) -> torch.d
     ):
         return None
     dtype = torch.get_autocast_dtype("cpu")
-    if fused and x.dtype in (torch.float32, torch.bfloat16):
+    if fused and x.numel() and _onednn_takes(x.dtype):
         return dtype
     return torch.promote_types((states[-1] if states else x).dtype, dtype)
 
@@ -343,7 +355,12 @@ class LSTM(torch.nn.LSTM):
     def _check_weight_shapes(self, weights: list[Any]) -> None:
         directions = 2 if self.bidirectional else 1
         sizes = (self.input_size, self.hidden_size, self.proj_size, self.num_layers, directions)
-        shapes = _tensors.weight_shapes(*sizes, self.bias)
+        shapes = _check.weight_shapes(*sizes, self.bias)
+        if len(shapes) != len(weights):
+            raise RuntimeError(
+                "num_layers, bidirectional, bias: expected as they were when the module was made, "
+                f"with {len(weights)} weights, got {len(shapes)}"
+            )
         for name, weight, shape in zip(self._flat_weights_names, weights, shapes, strict=True):
             if weight.shape != shape:
                 raise RuntimeError(f"{name}: expected shape {shape}, got {tuple(weight.shape)}")
@@ -361,10 +378,9 @@ class LSTMCell(torch.nn.LSTMCell):
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Run one step on `input`: shapes, results and errors of `torch.nn.LSTMCell`."""
         own = self._parameters
-        weights: list[Any] = [
-            own[n] if n in own else getattr(self, n, None)
-            for n in (self._names if self.bias else self._names[:2])
-        ]
+        weights: list[Any] = [own[n] if n in own else getattr(self, n, None) for n in self._names]
+        if weights[2] is None and weights[3] is None:
+            del weights[2:]
         if torch.compiler.is_compiling():
             return self._traced(input, hx, weights)
         observed = _observed()
@@ -437,7 +453,7 @@ class LSTMCell(torch.nn.LSTMCell):
                 raise RuntimeError(
                     f"hidden{k} has inconsistent hidden_size: got {state.shape[-1]}, expected {H}"
                 )
-        shapes = _tensors.weight_shapes(D, H, 0, 1, 1, self.bias)
+        shapes = _check.weight_shapes(D, H, 0, 1, 1, len(weights) == 4)
         return (
             x.dtype in _tensors.DTYPES["cpu"]
             and all((t.dtype, t.device.type) == (x.dtype, "cpu") for t in tensors)
@@ -539,7 +555,7 @@ def explain(lstm: torch.nn.LSTM, input: Any, hx: Any = None, *, device: Any = No
     lstm : torch.nn.LSTM
     input : Tensor or PackedSequence
     hx : (h0, c0), optional
-        What the call would get. Nothing is computed.
+        What the call would get. No kernel runs; weights that are computed (parametrizations) are.
     device : tuple, optional
         Ask of a device that need not be here: (major, minor, multiprocessors, shared_bytes,
         cooperative), that is its compute capability, its number of multiprocessors, the bytes of
