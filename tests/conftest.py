@@ -46,9 +46,8 @@ def rng():
 
 @pytest.fixture(autouse=True)
 def _restore_num_threads():
-    before = fastlstm.get_num_threads()
     yield
-    fastlstm.set_num_threads(before)
+    fastlstm.set_num_threads(None)
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import operator
 import platform
 
 import numpy as np
 
-from . import _core
+from . import _check, _core
 
+_MOST_THREADS = 4096
 _num_threads: int | None = None
 
 
@@ -20,14 +20,14 @@ def set_num_threads(n: int | None) -> None:
     Parameters
     ----------
     n : int or None
-        At least 1. None returns to the default: what OMP_NUM_THREADS or the OpenMP runtime says.
+        1 to 4096. None returns to the default: what OMP_NUM_THREADS or the OpenMP runtime says.
 
     Raises
     ------
     TypeError
         If `n` is neither an integer nor None.
     ValueError
-        If `n` is below 1.
+        If `n` is below 1 or above 4096.
 
     Notes
     -----
@@ -35,14 +35,9 @@ def set_num_threads(n: int | None) -> None:
     `torch.set_num_threads` instead.
     """
     global _num_threads
-    if n is not None:
-        try:
-            n = operator.index(n)
-        except TypeError:
-            raise TypeError(f"n: expected an int or None, got {type(n).__name__}") from None
-        if not 1 <= n <= 4096:
-            raise ValueError(f"n: expected a number of threads from 1 to 4096, got {n}")
-    _num_threads = n
+    if n is not None and _check.positive("n", n) > _MOST_THREADS:
+        raise ValueError(f"n: expected at most {_MOST_THREADS} threads, got {n}")
+    _num_threads = None if n is None else int(n)
 
 
 def get_num_threads() -> int:

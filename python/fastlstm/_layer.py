@@ -1,4 +1,4 @@
-"""One LSTM layer in one direction on NumPy arrays."""
+"""Layers of an LSTM on NumPy arrays: what the kernels read, and one layer for the caller."""
 
 from __future__ import annotations
 
@@ -58,7 +58,10 @@ class LayerTape:
 
 
 class LayerGradients(NamedTuple):
-    """Gradients of a scalar loss with respect to what :func:`lstm_forward` was given."""
+    """Gradients of a scalar loss with respect to what :func:`lstm_forward` was given.
+
+    Each has the shape and dtype of what it belongs to; those of a bias that was not given are None.
+    """
 
     x: Array
     h0: Array
@@ -69,8 +72,8 @@ class LayerGradients(NamedTuple):
     bias_hh: Array | None
 
 
-class DirectionGradients(NamedTuple):
-    """What :func:`run_backward` computes. A weight that is None has None for its gradient."""
+class PassGradients(NamedTuple):
+    """What :func:`run_backward` computes, x summed over the directions; None for no weight."""
 
     x: Array
     h0: Array
@@ -104,7 +107,7 @@ def run_forward(
 
 def run_backward(
     tape: LayerTape, grad_y: Array | None, grad_h: Array | None, grad_c: Array | None
-) -> DirectionGradients:
+) -> PassGradients:
     """Run checked arguments: grad_y (T, N, directions*H), grad_h and grad_c packed, or None."""
     T, N, D = tape._x.shape
     dtype = tape._y.dtype
@@ -135,7 +138,7 @@ def run_backward(
         get_num_threads(),
     )
     x = dx[0] if directions == 1 else np.add(*dx)
-    return DirectionGradients(x, dh0, dc0, dweights)
+    return PassGradients(x, dh0, dc0, dweights)
 
 
 def check_weights(values: list[Any], suffix: str, D: int, H: int, dtype: np.dtype[Any]) -> Weights:
@@ -234,7 +237,7 @@ def lstm_forward(
     TypeError, ValueError
         Naming the argument, what was expected and what came.
     """
-    _check.array("x", x)
+    x = _check.array("x", x)
     if x.ndim not in (2, 3):
         raise ValueError(f"x: expected shape (T, N, D) or (T, D), got {x.shape}")
     reverse = _check.flag("reverse", reverse)
@@ -242,7 +245,7 @@ def lstm_forward(
     dtype = x.dtype
     batched = x.ndim == 3
     T, *batch, D = x.shape
-    _check.array("weight_hh", weight_hh, dtype)
+    weight_hh = _check.array("weight_hh", weight_hh, dtype)
     if weight_hh.ndim != 2 or weight_hh.shape[0] != 4 * weight_hh.shape[1] or weight_hh.size == 0:
         raise ValueError(f"weight_hh: expected shape (4*H, H) with H >= 1, got {weight_hh.shape}")
     H = weight_hh.shape[1]
@@ -254,10 +257,18 @@ def lstm_forward(
     shapes = (T, *batch, H), (*batch, H), (*batch, H)
     targets = _check_out(out, shapes, dtype)
 
+    given = [target for target in targets if target is not None]
+
+    def kept(array: Any) -> Any:
+        """Return a copy of what `out` overwrites, if a tape keeps it."""
+        overwritten = array is not None and any(np.may_share_memory(array, t) for t in given)
+        return np.array(array) if need_tape and overwritten else array
+
+    x, h0, c0, *weights = map(kept, (x, h0, c0, *weights))
     # The kernels write straight into a target that is packed, no input, and not kept by the tape.
     inputs = [array for array in (x, h0, c0, *weights) if array is not None]
     results = [
-        target
+        np.asarray(target)
         if target is not None
         and target.flags.carray
         and not (need_tape and target is targets[0])
@@ -277,8 +288,9 @@ def lstm_forward(
     if tape is not None:
         tape._batched = batched
     for i, target in enumerate(targets):
-        if target is not None and target is not results[i]:
-            np.copyto(target, results[i])
+        if target is not None:
+            if not np.may_share_memory(target, results[i]):
+                np.copyto(target, results[i])
             results[i] = target
     y, h_n, c_n = results
     return (y, (h_n, c_n), tape) if need_tape else (y, (h_n, c_n))
@@ -341,7 +353,7 @@ def lstm_backward(
     dtype = tape._y.dtype
     batch = (N,) if tape._batched else ()
     if grad_y is not None:
-        _check.shaped("grad_y", grad_y, (T, *batch, H), dtype)
+        grad_y = _check.shaped("grad_y", grad_y, (T, *batch, H), dtype)
         grad_y = grad_y.reshape(T, 1, H) if not tape._batched else grad_y
     grad_h, grad_c = (
         None if grad is None else grad.reshape(1, N, H)

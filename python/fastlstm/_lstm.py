@@ -46,7 +46,10 @@ class Tape:
 
 
 class Gradients(NamedTuple):
-    """Gradients of a scalar loss: with respect to x, h0, c0, and each weight by its name."""
+    """Gradients of a scalar loss: with respect to x, h0, c0, and each weight by its name.
+
+    Each has the shape and dtype of what it belongs to; h0 and c0 are there without a state, too.
+    """
 
     x: Array
     h0: Array
@@ -56,6 +59,8 @@ class Gradients(NamedTuple):
 
 class LSTM:
     """A multi-layer LSTM with the parameters, shapes and results of `torch.nn.LSTM`.
+
+    :func:`lstm_forward` has the formula of a layer, and its source.
 
     Parameters
     ----------
@@ -132,16 +137,11 @@ class LSTM:
         ]
         generator = np.random.default_rng(rng)
         bound = 1 / math.sqrt(H)
-        self.weights: dict[str, Array] = {}
-        for layer, suffixes in enumerate(self._suffixes):
-            inputs = D if layer == 0 else self._directions * H
-            for suffix in suffixes:
-                for kind in self._kinds:
-                    shape = {"weight_ih": (4 * H, inputs), "weight_hh": (4 * H, H)}.get(
-                        kind, (4 * H,)
-                    )
-                    values = generator.uniform(-bound, bound, shape)
-                    self.weights[kind + suffix] = values.astype(self.dtype)
+        shapes = _check.weight_shapes(D, H, 0, self.num_layers, self._directions, self.bias)
+        self.weights: dict[str, Array] = {
+            name: generator.uniform(-bound, bound, shape).astype(self.dtype)
+            for name, shape in zip(self._names, shapes, strict=True)
+        }
 
     def __repr__(self) -> str:
         options = "".join(
@@ -180,7 +180,15 @@ class LSTM:
         return y, state
 
     def forward(self, x: Array, state: State | None = None) -> tuple[Array, State, Tape]:
-        """Run as :meth:`__call__` does, and also return the tape that :meth:`backward` needs."""
+        """Run as :meth:`__call__` does, and also return the tape that :meth:`backward` needs.
+
+        Returns
+        -------
+        y : ndarray
+        (h_n, c_n) : ndarrays
+            Both as of :meth:`__call__`, as are the errors raised.
+        tape : Tape
+        """
         y, state, layers = self._run(x, state, need_tape=True)
         return y, state, Tape(self, layers, x.ndim == 3, y.shape)
 
@@ -242,7 +250,7 @@ class LSTM:
     def _checked(self, x: Any, state: Any) -> tuple[Array, State | None, list[Any]]:
         """Check everything, and return it as the kernels read it: packed where it was not."""
         D, H, dtype = self.input_size, self.hidden_size, self.dtype
-        _check.array("x", x, dtype)
+        x = _check.array("x", x, dtype)
         shape = "(N, T, D)" if self.batch_first else "(T, N, D)"
         if x.ndim not in (2, 3) or x.shape[-1] != D:
             raise ValueError(f"x: expected shape {shape} or (T, D) with D = {D}, got {x.shape}")
@@ -375,6 +383,8 @@ class LSTM:
                 raise TypeError(f"{name}: expected real numbers, got dtype {value.dtype}")
             if value.shape != weight.shape:
                 raise ValueError(f"{name}: expected shape {weight.shape}, got {value.shape}")
-            loaded[name] = value
+            if not weight.flags.writeable:
+                raise ValueError(f"{name}: expected a writeable weight, got a read-only one")
+            loaded[name] = value.astype(weight.dtype)  # a copy: it may be another weight here
         for name, value in loaded.items():
             self.weights[name][...] = value
