@@ -73,6 +73,11 @@ class Case:
             if self.bidirectional:
                 yield f"_l{layer}_reverse", input_size
 
+    def suffixes(self, layer: int) -> list[str]:
+        """The suffixes of one layer, direction by direction."""
+        own = slice(layer * self.directions, (layer + 1) * self.directions)
+        return [suffix for suffix, _ in self.layers()][own]
+
     def flops(self, training: bool) -> int:
         """Operations of the matrix products; the backward pass has two for each of the forward."""
         forward = sum(self.lengths) * sum(

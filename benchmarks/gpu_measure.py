@@ -218,11 +218,10 @@ def explanation(prepared: Prepared) -> str:
     """What fastlstm itself says of how it serves this call."""
     import fastlstm.nn
 
-    explain = getattr(fastlstm.nn, "explain", None)
-    if explain is None or not prepared.module_call:
+    if not prepared.module_call:
         return ""
     try:
-        return f"({explain(*prepared.module_call)})"
+        return f"({fastlstm.nn.explain(*prepared.module_call)})"
     except Exception as error:
         return f"(explain: {one_line(error)})"
 

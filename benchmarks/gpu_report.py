@@ -169,9 +169,7 @@ def notes(data: dict[str, Any]) -> list[str]:
             reasons.setdefault((name, reason), []).append(label(row))
     for (name, reason), labels in reasons.items():
         where = "everywhere" if len(labels) == len(rows) else "; ".join(labels)
-        lines.append(
-            f"Not measured: {GPU_PEERS[name].title!s}, {reason}: {where}".replace("\n", " ")
-        )
+        lines.append(f"Not measured: {title(name)}, {reason}: {where}".replace("\n", " "))
     served = {row["served"]: label(row) for row in reversed(rows) if row["served"]}
     lines += [f"fastlstm at {text}: {how}" for how, text in reversed(served.items())]
     return lines
@@ -217,9 +215,7 @@ def draw(data: dict[str, Any], path: Path) -> None:
 
     rows = data["rows"]
     modes = [mode for mode in MODES if any(row["mode"] == mode for row in rows)]
-    labels = [
-        f"{row['case']}, {PRECISIONS[row['dtype']][1]}" for row in unique(rows, "case", "dtype")
-    ]
+    labels = [place(row) for row in unique(rows, "case", "dtype")]
     figure, axes = plt.subplots(
         1,
         len(modes),

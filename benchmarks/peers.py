@@ -131,7 +131,7 @@ def onnx_lstm(problem: Problem) -> bytes:
 
     below = "x"
     for layer in range(case.num_layers):
-        suffixes = [suffix for suffix, _ in case.layers() if suffix.startswith(f"_l{layer}")]
+        suffixes = case.suffixes(layer)
         W, R, B, Y = f"W{layer}", f"R{layer}", f"B{layer}", f"Y{layer}"
         constants[W] = np.stack([reorder(f"weight_ih{s}") for s in suffixes])
         constants[R] = np.stack([reorder(f"weight_hh{s}") for s in suffixes])
@@ -240,8 +240,7 @@ def jax_scan(problem: Problem, training: bool, threads: int) -> Prepared:
     def lstm(params: Any, x: Any) -> Any:
         states = []
         for index in range(case.num_layers):
-            suffixes = [suffix for suffix, _ in case.layers() if suffix.startswith(f"_l{index}")]
-            outputs = [layer(params, suffix, x) for suffix in suffixes]
+            outputs = [layer(params, suffix, x) for suffix in case.suffixes(index)]
             x = jnp.concatenate([y for y, _ in outputs], axis=2)
             states += [state for _, state in outputs]
         return x, states

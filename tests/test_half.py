@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import itertools
 
-import fastlstm.nn
 import pytest
-import torch
+
+torch = pytest.importorskip("torch", reason="tests of the torch side")
+import fastlstm.nn  # noqa: E402
 
 _core = fastlstm._core
 TILES = "amx"  # the ISA with products of bfloat16
@@ -153,13 +154,12 @@ def test_an_infinite_weight(isa, which):
 def test_rows_do_not_depend_on_their_batch(isa):
     whole = Problem(6, 50, 24, 40)
     y = whole.forward(in_bf16=True)[0]
-    for first, count in ((0, 1), (3, 17), (20, 30)):
+    for first, count in ((3, 17), (20, 30)):
         part = Problem(6, count, 24, 40)
         part.weights = whole.weights
         rows = slice(first, first + count)
         part.x, part.h0, part.c0 = whole.x[:, rows], whole.h0[rows], whole.c0[rows]
-        if count >= 4:  # below, the input product stands by itself
-            assert torch.equal(part.forward(in_bf16=True)[0], y[:, rows])
+        assert torch.equal(part.forward(in_bf16=True)[0], y[:, rows])
 
 
 @every_size
