@@ -10,9 +10,12 @@ namespace {
 constexpr double kRegionCycles = 12000;  // starting a parallel region and meeting at its end
 constexpr double kBarrierCycles = 2500;  // one barrier between two steps, on a machine with company
 constexpr double kL2Bytes = 512 << 10;   // what a core's own cache holds beside other things
-constexpr double kNearBytesPerCycle = 32;  // from L2
-constexpr double kFarBytesPerCycle = 8;    // from L3 or memory
-constexpr double kCellCycles = 100;        // gates, c and h of one vector of units
+constexpr double kL2BytesByTiles = 2 << 20;  // where the CPU has those
+constexpr double kNearBytesPerCycle = 32;    // from L2
+constexpr double kFarBytesPerCycle = 8;      // from L3 or memory
+constexpr double kCellCycles = 100;          // gates, c and h of one vector of units
+// Threads that share rows wait for the slowest of them at every step; others take tasks from it.
+constexpr double kWait = 1.1;
 // A task that threads give one another: shorter ones cost more than they balance.
 constexpr double kTaskCycles = 80000;
 constexpr double kMostTasks = 64;
@@ -46,7 +49,6 @@ constexpr int64_t kWaveBlockRows = 16;
 constexpr int64_t kTileBatch = 16;
 constexpr int64_t kTileDepth = 32;
 constexpr double kTileFill = 0.75;
-constexpr double kNearTerms = 2 << 20;
 constexpr int64_t kTileUnitsForward = 48;
 constexpr double kTileCellsForward = 1536;
 constexpr int64_t kTileUnitsBackward = 96;
@@ -70,14 +72,14 @@ struct StepWork {
 double step_cycles(const Sizes& s, const Machine& m, const StepWork& work, int rows, int columns) {
   const double batch = double(ceil_div(s.batch, rows));
   const double panels = double(ceil_div(work.panels, columns));
-  const double panel_bytes = work.depth * double(4 * m.lanes) * m.element;
-  const double bytes_per_cycle =
-      panels * panel_bytes <= kL2Bytes ? kNearBytesPerCycle : kFarBytesPerCycle;
+  const double bytes = panels * work.depth * double(4 * m.lanes) * m.element;
+  // To and fro through the panels: of each step, what fits is still there from the one before.
+  const double near = std::min(bytes, m.tile_rows > 1 ? kL2BytesByTiles : kL2Bytes);
+  const double reading = near / kNearBytesPerCycle + (bytes - near) / kFarBytesPerCycle;
   const double multiplied = double(ceil_div(ceil_div(s.batch, rows), m.tile_rows) * m.tile_rows);
-  const double product =
-      std::max(multiplied * work.depth * m.cycles, panel_bytes / bytes_per_cycle);
-  return panels * (product + batch * kCellCycles) + work.spread / (rows * columns) +
-         (columns > 1 && s.steps > 1 ? kBarrierCycles : 0);
+  const double product = std::max(panels * multiplied * work.depth * m.cycles, reading);
+  const double own = product + panels * batch * kCellCycles + work.spread / (rows * columns);
+  return columns > 1 && s.steps > 1 ? kWait * own + kBarrierCycles : own;
 }
 
 void choose_grid(const Sizes& s, const Machine& m, const StepWork& work, int threads, Plan* plan) {
@@ -126,7 +128,7 @@ bool direct_forward(const Sizes& s, const Machine& m) {
 // have `whole` columns; a single tile of rows does so only where W stays near.
 bool fill_tiles(const Sizes& s, double columns, double whole) {
   const double batch = double(s.batch), rows = double(ceil_div(s.batch, kTileBatch) * kTileBatch);
-  const bool near = 24 * double(s.hidden) * whole <= kNearTerms;
+  const bool near = 24 * double(s.hidden) * whole <= kL2BytesByTiles;
   return s.batch >= kTileBatch + !near && batch * columns >= kTileFill * rows * whole;
 }
 

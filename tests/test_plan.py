@@ -125,7 +125,7 @@ def test_when_products_over_time_go_on_tiles(T, N, H, steps, products):
     [
         ((1, 1, 4, 4), "serial"),
         ((3, 2, 3, 5), "serial"),
-        ((100, 256, 128, 128), "rows"),
+        ((100, 64, 256, 256), "rows"),
         ((100, 1, 512, 512), "panels"),
     ],
     ids=lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else v,
