@@ -10,10 +10,10 @@ namespace {
 constexpr double kRegionCycles = 12000;  // starting a parallel region and meeting at its end
 constexpr double kBarrierCycles = 2500;  // one barrier between two steps, on a machine with company
 constexpr double kL2Bytes = 512 << 10;   // what a core's own cache holds beside other things
-constexpr double kL2BytesByTiles = 2 << 20;  // where the CPU has those
-constexpr double kNearBytesPerCycle = 32;    // from L2
-constexpr double kFarBytesPerCycle = 8;      // from L3 or memory
-constexpr double kCellCycles = 100;          // gates, c and h of one vector of units
+constexpr double kL2BytesForTiles = 2 << 20;  // for kernels on tiles, whose CPUs have more
+constexpr double kNearBytesPerCycle = 32;     // from L2
+constexpr double kFarBytesPerCycle = 8;       // from L3 or memory
+constexpr double kCellCycles = 100;           // gates, c and h of one vector of units
 // Threads that share rows wait for the slowest of them at every step; others take tasks from it.
 constexpr double kWait = 1.1;
 // A task that threads give one another: shorter ones cost more than they balance.
@@ -74,7 +74,7 @@ double step_cycles(const Sizes& s, const Machine& m, const StepWork& work, int r
   const double panels = double(ceil_div(work.panels, columns));
   const double bytes = panels * work.depth * double(4 * m.lanes) * m.element;
   // To and fro through the panels: of each step, what fits is still there from the one before.
-  const double near = std::min(bytes, m.tile_rows > 1 ? kL2BytesByTiles : kL2Bytes);
+  const double near = std::min(bytes, m.tiles ? kL2BytesForTiles : kL2Bytes);
   const double reading = near / kNearBytesPerCycle + (bytes - near) / kFarBytesPerCycle;
   const double multiplied = double(ceil_div(ceil_div(s.batch, rows), m.tile_rows) * m.tile_rows);
   const double product = std::max(panels * multiplied * work.depth * m.cycles, reading);
@@ -128,7 +128,7 @@ bool direct_forward(const Sizes& s, const Machine& m) {
 // have `whole` columns; a single tile of rows does so only where W stays near.
 bool fill_tiles(const Sizes& s, double columns, double whole) {
   const double batch = double(s.batch), rows = double(ceil_div(s.batch, kTileBatch) * kTileBatch);
-  const bool near = 24 * double(s.hidden) * whole <= kL2BytesByTiles;
+  const bool near = 24 * double(s.hidden) * whole <= kL2BytesForTiles;
   return s.batch >= kTileBatch + !near && batch * columns >= kTileFill * rows * whole;
 }
 

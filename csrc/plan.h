@@ -35,13 +35,18 @@ struct Machine {
   int64_t lanes, strip_depth, tile_rows;
   double cycles;
   double element;
+  bool tiles;  // of AMX
 };
 
 template <class T>
 Machine machine_of(const Kernels<T>& kernel) {
   const int64_t columns = kPanelVectors * kernel.lanes;
-  return {kernel.lanes, kernel.strip_depth, kernel.tile_rows, kernel.panel_cycles,
-          double(kernel.panel_row) * sizeof(T) / double(columns)};
+  return {kernel.lanes,
+          kernel.strip_depth,
+          kernel.tile_rows,
+          kernel.panel_cycles,
+          double(kernel.panel_row) * sizeof(T) / double(columns),
+          kernel.tile_rows > 1};
 }
 
 // The kernels that suit a pass, where there are such; `machine` is that of the plain ones. Of a

@@ -126,9 +126,9 @@ struct Kernels {
   // Panels p0 <= p < p1 of B = W^T to their place in `to`, from W (columns, depth).
   void (*pack_columns)(Matrix<T> w, int64_t depth, int64_t columns, int64_t p0, int64_t p1,
                        Panels<T> to);
-  // out[m - m0][k] = a[k][m] for m0 <= m < m1, k < count; `step` between the rows of out, or their
-  // place in memory of its own for kernels on tiles, which ignore it. The rows of a are evenly
-  // spaced, by a.step_n.
+  // out[m - m0][k] = a[k][m] for m0 <= m < m1, k < count, `step` between the rows of out; kernels
+  // on tiles ignore it and have a layout of their own. The rows of a are evenly spaced, by
+  // a.step_n.
   void (*transpose)(Rows<const T> a, int64_t count, int64_t m0, int64_t m1, T* out, int64_t step);
   // out[m] (+)= sum_k a[m][k] for m < rows, k < columns, of what `transpose` wrote with that step.
   void (*sum_rows)(const T* a, int64_t step, int64_t rows, int64_t columns, T* out,
