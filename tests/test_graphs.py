@@ -319,6 +319,20 @@ def test_autocast():
     assert_close(train(g, model, x), train(inside, model, x))
 
 
+@pytest.mark.parametrize("dtype", [F32, torch.float16], ids=str)
+def test_a_batch_of_unknown_size_under_autocast(dtype):
+    model = fastlstm.nn.LSTM(D, H)
+
+    def some(x, chosen):
+        with torch.autocast("cpu", BF16), torch.no_grad():
+            return model(x[:, torch.nonzero(chosen).squeeze(1)])[0]
+
+    x, chosen = leaf(T, N, D, grad=False).to(dtype), torch.tensor([True, False, True])
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        f, _ = compiled(some, fullgraph=True)
+        assert_close(f(x, chosen), some(x, chosen))
+
+
 def test_sizes_of_one_and_none():
     """Dynamo makes code of its own for a size of one, as of every model."""
     model = Between()

@@ -296,6 +296,13 @@ def test_an_lstm_whose_layers_change():
         lstm(leaf(T, N, D))
 
 
+def test_a_cell_without_the_biases_it_was_made_with():
+    ours, theirs = pair(D, H, cell=True)
+    for module in (ours, theirs):
+        del module.bias_ih, module.bias_hh
+    assert_same_outcome(lambda: ours(leaf(N, D)), lambda: theirs(leaf(N, D)))
+
+
 @pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
 def test_gradients_accumulate(cell):
     ours, theirs = pair(D, H, cell=cell)
@@ -1254,6 +1261,14 @@ def test_an_empty_batch_under_autocast(dtype):
             return [t.dtype for t in flatten(module(x))]
 
     assert run(ours) == run(theirs)
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+def test_autocast_where_onednn_is_switched_off():
+    ours, theirs = pair(D, H)
+    with torch.backends.mkldnn.flags(enabled=False), torch.autocast("cpu", torch.bfloat16):
+        found, expected = (flatten(m(leaf(T, N, D))) for m in (ours, theirs))
+    assert [t.dtype for t in found] == [t.dtype for t in expected]
 
 
 def test_autocast_leaves_float64_alone():

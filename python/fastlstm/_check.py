@@ -1,4 +1,4 @@
-"""Checks of NumPy arguments: each raises before any memory is touched, naming the argument."""
+"""Checks of NumPy arguments, each before any memory is touched; the shapes of all weights."""
 
 from __future__ import annotations
 

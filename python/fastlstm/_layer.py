@@ -26,9 +26,9 @@ def _memory_to_keep(shape: tuple[int, ...], dtype: Any) -> Array:
 class LayerTape:
     """What :func:`lstm_backward` needs of a forward call. Made by :func:`lstm_forward`.
 
-    It holds the arrays of the call themselves, not copies: `x`, the weights, the initial state and
-    the returned `y` must stay unchanged until the backward call. Memory of its own: four gates and
-    c for each (t, n, h).
+    It holds the arrays of the call themselves, not copies, but for what `out` overwrites: `x`, the
+    weights, the initial state and the returned `y` must stay unchanged until the backward call.
+    Memory of its own: four gates and c for each (t, n, h).
     """
 
     __slots__ = ("_batched", "_c0", "_cells", "_gates", "_h0", "_reverse", "_weights", "_x", "_y")
@@ -223,7 +223,8 @@ def lstm_forward(
     need_tape : bool
         Also return what :func:`lstm_backward` needs.
     out : ndarray or (y, h_n, c_n), optional
-        Where to write `y`, or all three results; any of the three may be None.
+        Where to write `y`, or all three results; any of the three may be None. It may overlap the
+        inputs.
 
     Returns
     -------

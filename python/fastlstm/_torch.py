@@ -207,10 +207,8 @@ def run_backward(
 
 
 def wants_grad(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]) -> bool:
-    return (
-        torch.is_grad_enabled()
-        and not torch.is_inference_mode_enabled()  # enable_grad() does not end it
-        and any(tensor is not None and tensor.requires_grad for tensor in (x, h0, c0, *weights))
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, h0, c0, *weights)
     )
 
 
@@ -223,7 +221,8 @@ def run_layer(
     batch_sizes: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a layer, with a node of the autograd graph where one is wanted: y, h_n, c_n."""
-    if wants_grad(x, h0, c0, weights):
+    # enable_grad() does not end inference mode.
+    if wants_grad(x, h0, c0, weights) and not torch.is_inference_mode_enabled():
         result: tuple[Tensor, Tensor, Tensor]
         step = x.shape[0] == directions == 1 and not (batch_sizes or x.is_cuda)
         if step and len(weights) % 2 == 0:  # without a projection
@@ -265,7 +264,7 @@ def run_step(
     x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Run one step of a cell, with a node of the autograd graph where one is wanted: h and c."""
-    if wants_grad(x, h0, c0, weights):
+    if wants_grad(x, h0, c0, weights) and not torch.is_inference_mode_enabled():
         result: tuple[Tensor, Tensor] = _steps.apply(Step, (x, h0, c0), weights)
         return result
     h, _, c, _ = run_forward(x, h0, c0, weights, 1, (), keep=False)

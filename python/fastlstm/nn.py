@@ -37,11 +37,14 @@ _ONEDNN_BF16: bool = _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 _ONEDNN_F16: bool = _ONEDNN and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
-def _onednn_takes(dtype: torch.dtype) -> bool:
-    """Return whether nn.LSTM gives an x of this dtype to oneDNN: `use_mkldnn` in its RNN.cpp."""
-    if dtype == torch.float16:
+def _onednn_takes(x: Tensor) -> bool:
+    """Return whether nn.LSTM gives this x to oneDNN: `use_mkldnn` in torch's RNN.cpp."""
+    # A graph does not know of the switch, and may be for an x of any size.
+    if not torch.compiler.is_compiling() and not (torch._C._get_mkldnn_enabled() and x.numel()):
+        return False
+    if x.dtype == torch.float16:
         return _ONEDNN_F16 and not torch.is_grad_enabled()
-    return _ONEDNN_BF16 if dtype == torch.bfloat16 else _ONEDNN
+    return _ONEDNN_BF16 if x.dtype == torch.bfloat16 else _ONEDNN
 
 
 def _autocast_dtype(x: Any, hx: Any, weights: list[Any], fused: bool) -> torch.dtype | None:
@@ -59,7 +62,7 @@ def _autocast_dtype(x: Any, hx: Any, weights: list[Any], fused: bool) -> torch.d
     ):
         return None
     dtype = torch.get_autocast_dtype("cpu")
-    if fused and x.numel() and _onednn_takes(x.dtype):
+    if fused and _onednn_takes(x):
         return dtype
     return torch.promote_types((states[-1] if states else x).dtype, dtype)
 
@@ -358,8 +361,8 @@ class LSTM(torch.nn.LSTM):
         shapes = _check.weight_shapes(*sizes, self.bias)
         if len(shapes) != len(weights):
             raise RuntimeError(
-                "num_layers, bidirectional, bias: expected as they were when the module was made, "
-                f"with {len(weights)} weights, got {len(shapes)}"
+                "num_layers, bidirectional, proj_size, bias: expected as they were when the module "
+                f"was made, with {len(weights)} weights, got {len(shapes)}"
             )
         for name, weight, shape in zip(self._flat_weights_names, weights, shapes, strict=True):
             if weight.shape != shape:
@@ -378,7 +381,7 @@ class LSTMCell(torch.nn.LSTMCell):
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Run one step on `input`: shapes, results and errors of `torch.nn.LSTMCell`."""
         own = self._parameters
-        weights: list[Any] = [own[n] if n in own else getattr(self, n, None) for n in self._names]
+        weights: list[Any] = [own[n] if n in own else getattr(self, n) for n in self._names]
         if weights[2] is None and weights[3] is None:
             del weights[2:]
         if torch.compiler.is_compiling():
