@@ -768,8 +768,7 @@ def test_onnx(tmp_path, options, with_state):
 
 
 @exports
-@pytest.mark.parametrize("dtype", [F32, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", ["unsorted", "sorted"])
+@pytest.mark.parametrize(("kind", "dtype"), [("unsorted", F32), ("sorted", torch.float16)])
 def test_onnx_of_packed_sequences(tmp_path, kind, dtype):
     """The lengths go to the operator as its sequence_lens."""
     model = Unpacked(num_layers=2, bidirectional=True).eval().to(dtype)
