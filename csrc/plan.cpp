@@ -121,7 +121,7 @@ bool across(const Sizes& s, const Machine& m) {
 }
 
 bool direct_forward(const Sizes& s, const Machine& m) {
-  return m.tile_rows == 1 && (direct(s, kDirectRowsForward) || across(s, m));
+  return !m.tiles && (direct(s, kDirectRowsForward) || across(s, m));
 }
 
 // Whether the rows of a step and the `columns` of W that it reads fill the tiles they take, which
@@ -201,7 +201,7 @@ int layers_at_once(const Sizes& s, int64_t first_input, const Machine& m, int la
 
 Plan plan_backward(const Sizes& s, const Machine& m, const Machine& of_products, int threads) {
   Plan plan;
-  plan.direct = m.tile_rows == 1 && direct(s, kDirectRowsBackward);
+  plan.direct = !m.tiles && direct(s, kDirectRowsBackward);
   const double gates = 4 * double(s.hidden);
   const double spread = double(s.batch) * gates * double(2 * s.input + s.output) *
                         of_products.cycles / double(4 * of_products.lanes);

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="tests of the torch side")
 import fastlstm.nn  # noqa: E402
 from fastlstm import _steps  # noqa: E402
 from helpers_torch import D, H, N, assert_close, every_dtype, pair  # noqa: E402

@@ -260,12 +260,13 @@ def lstm_forward(
 
     given = [target for target in targets if target is not None]
 
-    def kept(array: Any) -> Any:
-        """Return a copy of what `out` overwrites, if a tape keeps it."""
+    def own(array: Any) -> Any:
+        """Return a copy of what `out` overwrites."""
         overwritten = array is not None and any(np.may_share_memory(array, t) for t in given)
-        return np.array(array) if need_tape and overwritten else array
+        return np.array(array) if overwritten else array
 
-    x, h0, c0, *weights = map(kept, (x, h0, c0, *weights))
+    if need_tape and given:
+        x, h0, c0, *weights = map(own, (x, h0, c0, *weights))
     # The kernels write straight into a target that is packed, no input, and not kept by the tape.
     inputs = [array for array in (x, h0, c0, *weights) if array is not None]
     results = [
