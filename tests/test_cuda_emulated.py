@@ -411,6 +411,34 @@ def test_what_is_not_replayed(replays, monkeypatch):
     assert list(replays._known) == known
 
 
+def test_operators_record_nothing(replays):
+    """Their memory may belong to the graphs of torch.compile(mode="reduce-overhead")."""
+    rnn, x, _, (h0, c0), (grad_y, *_) = problem(**SMALL, P=4, dtype=torch.float64)
+    weights = [p.detach() for p in rnn._flat_weights]
+    for _ in range(3):
+        y, *_, gates, cells, raw = torch.ops.fastlstm.layer(x, h0, c0, weights, 1, True, None)
+        kept, needed = [gates, cells, raw], [True] * 8
+        inputs = x, h0, c0, weights, y, kept, 1, needed, None
+        torch.ops.fastlstm.layer_backward(grad_y, None, None, *inputs)
+    assert not replays._known
+
+
+@pytest.mark.parametrize("plan", ["block", "steps"])
+def test_backward_in_autocast(emulated, plan):
+    """Of a call outside of it: its products stay those of the dtype."""
+    use_plan(emulated, "f32", plan)
+    rnn, x, _, (h0, c0), _ = problem(**SMALL, directions=2, dtype=torch.float32)
+    found = []
+    for autocast in (False, True):
+        given = x.float().requires_grad_()
+        weights = [p.detach().float().requires_grad_() for p in rnn._flat_weights]
+        y, *_ = _torch.run_layer(2, given, h0.float(), c0.float(), weights)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found.append(torch.autograd.grad(y.sum(), [given, *weights]))
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
 def test_against_the_reference(emulated):
     """The oracle of the CPU kernels, which shares nothing with torch."""
     use_plan(emulated, "f64", "cluster")

@@ -13,8 +13,9 @@ namespace fastlstm::cuda {
 namespace {
 
 void check(cudaError_t error, const char* call) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next launch would report it once more
+  throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(error));
 }
 
 // Makes a device current and gives the one before back.
@@ -157,10 +158,13 @@ DeviceProperties properties(int device) {
       get(cudaDevAttrComputeCapabilityMajor), get(cudaDevAttrComputeCapabilityMinor),
       get(cudaDevAttrMultiProcessorCount),    get(cudaDevAttrMaxSharedMemoryPerBlockOptin),
       get(cudaDevAttrCooperativeLaunch) != 0, {}};
-  if (found.major < 9) return found;
   const DeviceGuard guard(device);
   const void* const kernel =
       reinterpret_cast<const void*>(recurrence_for<true>(Math::bf16, false, false));
+  cudaFuncAttributes compiled{};
+  check(cudaFuncGetAttributes(&compiled, kernel), "cudaFuncGetAttributes");
+  // What the driver made of code for an older device has no exchange within a cluster.
+  if (found.major < 9 || compiled.ptxVersion < 90) return found;
   allow(kernel, device);
   for (int i = 0; i < 4; ++i) {
     cudaLaunchAttribute attribute{};

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+
 Tensors = Sequence[Tensor | None]
 Work = Callable[[Tensors, Tensors], None]  # writes its outputs from its inputs, and may change both
 
@@ -26,7 +27,10 @@ class Recording(Protocol):
 
 
 class Graph:
-    """What `run` queues, as a CUDA graph; `run` has run before, so that nothing is set up in it."""
+    """What `run` queues, as a CUDA graph; `run` has run before, so that nothing is set up in it.
+
+    While it is recorded, other threads cannot draw random numbers on the device: torch raises.
+    """
 
     def __init__(self, device: torch.device, run: Callable[[], None]) -> None:
         self._device = device
@@ -35,13 +39,16 @@ class Graph:
         current = torch.cuda.current_stream(device)
         aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         aside.wait_stream(current)
-        # Not torch.cuda.graph, which waits for the device.
+        # Not torch.cuda.graph, which waits for the device. cuBLAS takes a workspace for each stream
+        # and keeps it: the graph has one of its own, and nobody else has that.
+        torch._C._cuda_clearCublasWorkspaces()
         with torch.cuda.stream(aside):
             self._graph.capture_begin(capture_error_mode="thread_local")
             try:
                 run()
             finally:
                 self._graph.capture_end()
+        torch._C._cuda_clearCublasWorkspaces()
         current.wait_stream(aside)
 
     def replay(self) -> None:
@@ -50,6 +57,25 @@ class Graph:
 
     def busy(self) -> bool:
         return not self._done.query()  # type: ignore[no-untyped-call]
+
+
+class _WithoutReplays(threading.local):
+    """A context in which a thread records and replays nothing: for operators of torch.
+
+    Under `torch.compile(mode="reduce-overhead")` the memory that one takes belongs to graphs of
+    torch, which record it as they do all others, and is not a recording's to keep.
+    """
+
+    now = False
+
+    def __enter__(self) -> None:
+        self.now = True
+
+    def __exit__(self, *_: object) -> None:
+        self.now = False
+
+
+without_replays = _WithoutReplays()
 
 
 class _Known(NamedTuple):
@@ -73,6 +99,8 @@ class Replays:
         self._lock = threading.Lock()
 
     def __call__(self, key: Hashable, inputs: Tensors, outputs: Tensors, work: Work) -> None:
+        if without_replays.now:
+            return work(inputs, outputs)
         with self._lock:
             known = self._find(key, inputs, outputs, work)
             if known is not None:

@@ -53,7 +53,7 @@ if ENABLED:
 
 
 _replays = Replays(most=8)
-_MOST_REPLAYED = 64 << 20  # bytes of one graph's own memory
+_MOST_REPLAYED = 64 << 20  # bytes of one graph's own memory, without the weights
 _MOST_STEPS = 4096  # of one graph
 
 
@@ -121,7 +121,7 @@ class _Offsets:
                 raise RuntimeError(
                     "batch_sizes: expected lengths of a call before this CUDA graph was captured"
                 )
-            there = torch.tensor(first, dtype=torch.int64, pin_memory=True)
+            there = torch.tensor(first, dtype=torch.int64, device="cpu", pin_memory=True)
             known = there.to(device, non_blocking=True), stream.record_event()
         self._known[key] = known  # as the last one
         if len(self._known) > self._most:
@@ -309,8 +309,12 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+# torch's allocator then has no pools for graphs.
+_UNCACHED = "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ
+
+
 def _replayable(x: Tensor) -> bool:
-    return x.is_cuda and not _is_capturing(x.device)
+    return x.is_cuda and not (_UNCACHED or _is_capturing(x.device))
 
 
 def _is_capturing(device: torch.device) -> bool:
@@ -459,6 +463,11 @@ def _steps_forward(rows: _Rows, math: str, d: int, inputs: Tensors, outputs: Ten
     c_n.copy_(c)
 
 
+def _packed(tensors: Sequence[Any]) -> list[Any]:
+    """Return tensors whose memory is their numbers, one after the other."""
+    return [None if t is None else t.resolve_neg().contiguous() for t in tensors]
+
+
 def _checked(
     layer: tuple[int, Sequence[int]], inputs: list[Any], tensors: list[Any]
 ) -> tuple[list[Any], list[Any]]:
@@ -478,10 +487,7 @@ def _checked(
             f"as they were in the forward one, got {got}"
         )
 
-    def packed(tensors: Sequence[Any]) -> list[Any]:
-        return [None if t is None else t.resolve_neg().contiguous() for t in tensors]
-
-    return packed(inputs), packed(tensors)
+    return _packed(inputs), _packed(tensors)
 
 
 def run_backward(
@@ -493,6 +499,18 @@ def run_backward(
     needed: Sequence[bool],
 ) -> _torch.Grads:
     """Run one layer backward: arguments and results of `_torch.run_backward`."""
+    with torch._C._DisableAutocast():  # that of whoever calls backward()
+        return _run_backward(layer, inputs, y, kept, grads, needed)
+
+
+def _run_backward(
+    layer: tuple[int, Sequence[int]],
+    inputs: Sequence[Any],
+    y: Tensor,
+    kept: _torch.Kept,
+    grads: _torch.Grads,
+    needed: Sequence[bool],
+) -> _torch.Grads:
     directions, batch_sizes = layer
     others: list[Any] = [*map(_torch.gradient, grads), y, *(k for k in kept if k is not None)]
     (x, h0, c0, *weights), others = _checked(layer, list(inputs), others)
@@ -614,16 +632,24 @@ def served(rnn: Any, input: Any, hx: Any, weights: list[Any]) -> tuple[Any, Any,
     elif len(found) > 1:
         return None
     x, *tensors = (t.to(dtype) for t in tensors)
-    states, weights = tensors[: len(states)], [t.contiguous() for t in tensors[len(states) :]]
-    hx = hx if hx is None else [state.contiguous() for state in states]
+    tensors = _packed(tensors)
+    hx, weights = hx if hx is None else tensors[: len(states)], tensors[len(states) :]
     if not _right_shapes(rnn, x, hx, weights, input.batch_sizes if ragged else None):
         return None
     return (x, hx, weights) if capable(x) else None
 
 
 def capable(x: Tensor) -> bool:
-    """Return whether the kernels are compiled for the device of x."""
-    return properties(_index(x)).major >= 8
+    """Return whether there are kernels for the device of x."""
+    return _has_kernels(_index(x))
+
+
+@lru_cache(maxsize=64)
+def _has_kernels(index: int) -> bool:
+    try:
+        return properties(index).major >= 8
+    except RuntimeError:  # they were compiled for others
+        return False
 
 
 def _right_shapes(

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _composite, _tensors, _torch
+from ._cuda_graphs import without_replays
 
 _Shape = tuple[int, ...]
 
@@ -91,7 +92,8 @@ def layer(
     """
     _refuse_forward_ad()
     x, h0, c0, packed, sizes = _checked(x, h0, c0, weights, directions, batch_sizes)
-    y, h_n, c_n, kept = _torch.run_forward(x, h0, c0, packed, directions, sizes, keep)
+    with without_replays:
+        y, h_n, c_n, kept = _torch.run_forward(x, h0, c0, packed, directions, sizes, keep)
     return [y, h_n, c_n, *(tensor for tensor in kept if tensor is not None)]
 
 
@@ -151,14 +153,15 @@ def layer_backward(
             f"got {[t if t is None else (tuple(t.shape), t.dtype) for t in given]}"
         )
     y, gates, cells, raw = (*_plain(y, *kept), None)[:4]
-    found = _torch.run_backward(
-        (directions, sizes),
-        inputs,
-        y,
-        (gates, cells, raw),
-        (grad_y, grad_h, grad_c),
-        tuple(needed),
-    )
+    with without_replays:
+        found = _torch.run_backward(
+            (directions, sizes),
+            inputs,
+            y,
+            (gates, cells, raw),
+            (grad_y, grad_h, grad_c),
+            tuple(needed),
+        )
     # An operator gives away no part of a memory that another of its results has a part of.
     return [
         grad if grad.nbytes == grad.untyped_storage().nbytes() else grad.clone()
