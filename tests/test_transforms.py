@@ -852,6 +852,15 @@ def test_make_fx(mode):
     assert_close(graph(x), func.grad(partial(case.loss, case.theirs))(x))
 
 
+@pytest.mark.parametrize("cell", [False, True])
+def test_make_fx_before_autograd(cell):
+    """Where the mode is not among those of dispatch."""
+    ours = (fastlstm.nn.LSTMCell if cell else fastlstm.nn.LSTM)(3, 4)
+    x, other = random(2, 5, *(() if cell else (2,)), 3, dtype=torch.float32)
+    graph = make_fx(lambda x: ours(x)[0], pre_dispatch=True, _allow_non_fake_inputs=True)(x)
+    assert_close([graph(other)], [ours(other)[0]])
+
+
 def test_fake_tensors():
     from torch._subclasses.fake_tensor import FakeTensorMode
 

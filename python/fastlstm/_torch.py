@@ -88,6 +88,15 @@ def observed() -> bool:
     )
 
 
+_has_key = torch._C._dispatch_tls_is_dispatch_key_included
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+
+
+def watched() -> bool:
+    """Return whether a mode sees the operators that are called, as they are or before autograd."""
+    return torch._C._len_torch_dispatch_stack() > 0 or bool(_has_key(_PRE_DISPATCH))
+
+
 def on_kernels(
     layer: tuple[int, Sequence[int]] | None,
     inputs: Sequence[Any],
@@ -98,7 +107,7 @@ def on_kernels(
     steps: Steps | None,
 ) -> Grads | None:
     """Return what :func:`run_backward` does, or None where the kernels cannot."""
-    if observed() or torch._C._len_torch_dispatch_stack() > 0:
+    if observed() or watched():
         return None
     try:
         return run_backward(layer, inputs, y, kept, grads, needed, steps)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _check, _core, _cuda_layer, _dynamo, _fx, _ops, _tensors, _transforms
-from ._torch import run_layer, run_step
+from ._torch import run_layer, run_step, watched
 
 __all__ = ["LSTM", "LSTMCell", "convert", "explain", "revert"]
 
@@ -27,7 +27,7 @@ def _observed() -> bool:
     return (
         torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
+        or watched()
         or torch.autograd.forward_ad._current_level >= 0
     )
 
