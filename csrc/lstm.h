@@ -103,7 +103,7 @@ struct Forward {
   T* h_n;               // (N, P) or null
   T* c_n;               // (N, H)
   T* gates;             // (T, N, 4, H) i f g o after their activations, or null: keep nothing
-  Float16* half_gates;  // the same in float16, instead of gates
+  Float16* half_gates;  // the same in float16, as the kernels keep them, instead of gates
   T* cells;             // (T, N, H) c_t, or null
   T* raw;               // (T, N, H) o * tanh(c_t), or null; kept with a projection only
 };

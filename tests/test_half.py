@@ -5,6 +5,7 @@ What half precision is for a user is tested in test_nn.py.
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -162,18 +163,39 @@ def test_rows_do_not_depend_on_their_batch(isa):
         assert torch.equal(part.forward(in_bf16=True)[0], y[:, rows])
 
 
+SCALE = 2.0**16
+
+
+def distances(gates):
+    """Gates as they are kept in float16: i, f and o by how far they are from 0, negative from 1."""
+    i, f, g, o = gates.chunk(4, -1)
+    i, f, o = (torch.where(s > 0.5, (1 - s) * -SCALE, s * SCALE) for s in (i, f, o))
+    return torch.cat((i, f, g, o), -1)
+
+
+def at_distance(distance):
+    return torch.where(distance.signbit(), 1 + distance / SCALE, distance / SCALE)
+
+
+def at_distances(kept):
+    """Undo :func:`distances`."""
+    i, f, g, o = kept.chunk(4, -1)
+    return torch.cat((at_distance(i), at_distance(f), g, at_distance(o)), -1)
+
+
 @every_size
 def test_gates_in_float16(isa, sizes):
     problem = Problem(**sizes)
-    # Gates that are denormal or 0 in float16, and those near 1.
-    problem.weights[2].copy_(torch.linspace(-30, 12, 4 * problem.H))
+    # Gates that would be denormal or 0 in float16, and those near 1.
+    problem.weights[2].copy_(torch.linspace(-30, 30, 4 * problem.H))
     expected, found = problem.forward(), problem.forward(gates=torch.float16)
     gates = found.pop(3)
-    assert torch.equal(gates, expected.pop(3).to(torch.float16))
+    exact = expected.pop(3)
+    assert torch.equal(gates, distances(exact).to(torch.float16))
     for a, b in zip(found, expected, strict=True):
         assert a is b is None or torch.equal(a, b)
     found.insert(3, gates)
-    as_float = [*found[:3], gates.float(), *found[4:]]
+    as_float = [*found[:3], at_distances(gates.float()), *found[4:]]
     for a, b in zip(problem.backward(found), problem.backward(as_float), strict=True):
         assert torch.equal(a, b)
 
@@ -200,7 +222,31 @@ def every_number(half):
 def test_every_gate_in_float16_is_read(isa):
     halves = every_number(torch.float16)
     found = gradient_of_c(torch.ones(len(halves)), halves, torch.empty(len(halves)))
-    torch.testing.assert_close(found, halves.float(), rtol=0, atol=0, equal_nan=True)
+    expected = at_distance(halves.float())
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("bias", [-20.0, -16.0, 8.0])
+@pytest.mark.parametrize("gate", [0, 1, 3])
+def test_gradients_through_gates_almost_closed(bias, gate):
+    """Those of a gate are relative to itself, however little it lets through."""
+    torch.manual_seed(0)
+    H = 32
+    rnn = fastlstm.nn.LSTM(16, H)
+    rows = slice(gate * H, (gate + 1) * H)
+    x, c0 = torch.randn(6, 8, 16), torch.randn(1, 8, H)
+    with torch.no_grad():
+        rnn.bias_ih_l0[rows] = bias
+        for p in rnn.parameters():
+            p.copy_(p.bfloat16())
+    errors = []
+    for dtype in (torch.float32, torch.bfloat16):
+        module, state = copy.deepcopy(rnn).to(dtype), (torch.zeros(1, 8, H, dtype=dtype), c0.to(dtype))
+        y, (h, c) = module(x.to(dtype), state)
+        (y.sum() + c.sum()).backward()
+        errors.append(module.weight_ih_l0.grad[rows].float())
+    exact, found = errors
+    assert (found - exact).abs().max() < 0.03 * exact.abs().max()
 
 
 @every_half

@@ -52,7 +52,7 @@ struct Product {
 };
 
 // One time step for rows n of the batch and units j. Row strides count elements.
-//   z = start + x W_ih^T + h W_hh^T, then gates, c and h. A depth of 0 leaves that product out.
+//   z = h W_hh^T + start + x W_ih^T, then gates, c and h. A depth of 0 leaves that product out.
 template <class T>
 struct StepForward {
   int64_t step;  // odd steps take the panels in descending order
@@ -68,7 +68,7 @@ struct StepForward {
   Rows<T> c;
   Rows<T> h;
   Rows<T> gates;             // data null: not kept
-  Rows<Float16> half_gates;  // or in float16; data null likewise
+  Rows<Float16> half_gates;  // or in float16, see distance_of(); data null likewise
   T* scratch;                // memory of `scratch_size`
 };
 

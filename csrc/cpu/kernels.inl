@@ -423,6 +423,18 @@ void narrow(const T* from, int64_t count, Element element, void* to) {
 
 // ---- the step forward ---------------------------------------------------------------------------
 
+// A sigmoid as it is kept in float16: its distance from 0 or, negative, from 1, whichever is nearer.
+// So of gates that are almost closed or open nothing is lost: scaled, float16 has all its 11 bits of
+// distances from 2^-30 on.
+constexpr float kDistanceScale = 65536;
+FASTLSTM_INLINE Vec<float> distance_of(Vec<float> sigmoid) {
+  return sigmoid > 0.5f ? (1 - sigmoid) * -kDistanceScale : sigmoid * kDistanceScale;
+}
+FASTLSTM_INLINE Vec<float> sigmoid_at(Vec<float> distance) {
+  const Vec<float> from_end = distance * (1 / kDistanceScale);
+  return (Bits<float>)distance < 0 ? 1 + from_end : from_end;  // -0 is 1
+}
+
 // The cells of R batch rows from n on: gates, c and h of one vector of units each, from z.
 template <class T, int R, class L>
 FASTLSTM_INLINE void cells_forward(const StepForward<T>& in, int64_t n, int64_t unit,
@@ -444,7 +456,12 @@ FASTLSTM_INLINE void cells_forward(const StepForward<T>& in, int64_t n, int64_t 
   };
   if (in.gates.data) keep(in.gates);
   if constexpr (sizeof(T) == sizeof(float))
-    if (in.half_gates.data) keep(in.half_gates);
+    if (in.half_gates.data) {
+      for (int gate = 0; gate < 4; ++gate)
+        for (int r = 0; r < R; ++r)
+          if (gate != 2) gates[gate][r] = distance_of(gates[gate][r]);
+      keep(in.half_gates);
+    }
 }
 
 template <class T>
@@ -457,19 +474,20 @@ void step_forward(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p0, 
     with_lanes<T>(H - unit, [&](auto part) {
       for_tiles(n0, n1, [&](int64_t n, auto rows) {
         constexpr int M = decltype(rows)::value;
-        Vec<T> z[M][4];
-        for (int r = 0; r < M; ++r) {
-          const T* start = in.start.at(0, n + r) + unit;
-          for (int gate = 0; gate < 4; ++gate) z[r][gate] = part.get(start + gate * H);
-        }
+        Vec<T> z[M][4] = {};
         const auto add = [&](Rows<const T> from, int64_t depth, const T* w) FASTLSTM_INLINE_LAMBDA {
           const T* a[M];
           for (int r = 0; r < M; ++r) a[r] = from.at(0, n + r);
           const T* ahead = next_part(w + next * depth * row, n - n0, depth);
           multiply<T, M, 4>(a, depth, w + p * depth * row, row, ahead, z);
         };
-        add(in.x, in.input, in.w_ih.full());
+        // Many small terms first: each addition rounds as coarsely as the sum until then is large.
         add(in.h_prev, in.output, in.w_hh.full());
+        for (int r = 0; r < M; ++r) {
+          const T* start = in.start.at(0, n + r) + unit;
+          for (int gate = 0; gate < 4; ++gate) z[r][gate] += part.get(start + gate * H);
+        }
+        add(in.x, in.input, in.w_ih.full());
         for (int r = 0; r < M; ++r) cells_forward<T, 1>(in, n + r, unit, z + r, part);
       });
     });
@@ -632,9 +650,7 @@ void across(const StepForward<T>& in, int64_t n, int64_t count, int64_t p0, int6
     const auto some = [&](auto many, int64_t u) FASTLSTM_INLINE_LAMBDA {
       constexpr int R = decltype(many)::value, M = 4 * R;
       const auto row_of = [&](int gate, int64_t unit) { return gate * H + first + unit; };
-      Vec<T> z[M][V];
-      for (int m = 0; m < M; ++m)
-        for (int v = 0; v < V; ++v) z[m][v] = broadcast(in.start.data[row_of(m / R, u + m % R)]);
+      Vec<T> z[M][V] = {};
       const auto add = [&](const Matrix<T>& w, int64_t depth, const T* b) FASTLSTM_INLINE_LAMBDA {
         const T* a[M];
         for (int m = 0; m < M; ++m)
@@ -644,8 +660,10 @@ void across(const StepForward<T>& in, int64_t n, int64_t count, int64_t p0, int6
         const auto* ahead = static_cast<const char*>(w.data) + later;
         multiply<T, M, V>(a, depth, b, row, reinterpret_cast<const T*>(ahead), z);
       };
-      add(in.w_ih, in.input, x);
       add(in.w_hh, in.output, h);
+      for (int m = 0; m < M; ++m)
+        for (int v = 0; v < V; ++v) z[m][v] += broadcast(in.start.data[row_of(m / R, u + m % R)]);
+      add(in.w_ih, in.input, x);
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) {
           const Vec<T> one[1][4] = {{z[r][v], z[R + r][v], z[2 * R + r][v], z[3 * R + r][v]}};
@@ -664,7 +682,12 @@ void across(const StepForward<T>& in, int64_t n, int64_t count, int64_t p0, int6
     for (int64_t gate = 0; gate < 4; ++gate) {
       if (in.gates.data) turn_back(gates[0][gate], 4 * row, in.gates, gate * H);
       if constexpr (sizeof(T) == sizeof(float))
-        if (in.half_gates.data) turn_back(gates[0][gate], 4 * row, in.half_gates, gate * H);
+        if (in.half_gates.data) {
+          for (int64_t u = 0; gate != 2 && u < units; ++u)
+            for (T* at = gates[u][gate]; at < gates[u][gate] + row; at += VL)
+              store(at, distance_of(load((const T*)at)));
+          turn_back(gates[0][gate], 4 * row, in.half_gates, gate * H);
+        }
     }
   });
 }
@@ -695,7 +718,10 @@ FASTLSTM_INLINE void cell_backward(const StepBackward<T>& in, int64_t n, int64_t
   const T one = 1;
   const auto gate = [&](int64_t k) {
     if constexpr (sizeof(T) == sizeof(float))
-      if (in.half_gates.data) return part.get(in.half_gates.at(0, n) + unit + k * H);
+      if (in.half_gates.data) {
+        const Vec<T> kept = part.get(in.half_gates.at(0, n) + unit + k * H);
+        return k == 2 ? kept : sigmoid_at(kept);
+      }
     return part.get(in.gates.at(0, n) + unit + k * H);
   };
   const Vec<T> i = gate(0), f = gate(1), g = gate(2), o = gate(3);
