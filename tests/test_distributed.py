@@ -125,6 +125,7 @@ CASES = {
 }
 if torch.__version__ < "2.6":  # fully_shard is not there yet
     CASES = {name: case for name, case in CASES.items() if case[0] is not fully_sharded}
+WITH_DTENSOR = torch.__version__ >= "2.6"
 CLIP = 1.0  # cuts gradients, whose norm is over all ranks
 
 
@@ -151,7 +152,39 @@ def train_together(rank):
         state = get_model_state_dict(shared, options=whole)
         ours = count_ours(shared), count_ours(fastlstm.nn.revert(shared))
         results[name] = losses / RANKS, state, ours
+    if WITH_DTENSOR:
+        results["dtensor"] = [t.full_tensor() for t in results_and_gradients(fastlstm.nn, divided)]
     return results
+
+
+def divided():
+    """Return how to give each rank its part of a tensor along a dimension, and a module."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (RANKS,))
+    return (
+        lambda tensor, dim: distribute_tensor(tensor, mesh, [Shard(dim)]),
+        lambda module: distribute_module(module, mesh),
+    )
+
+
+def whole():
+    return (lambda tensor, dim: tensor), (lambda module: module)
+
+
+def results_and_gradients(source, places=whole):
+    """What a layer and a cell return, and the gradients of their parameters."""
+    tensor, module = places()
+    torch.manual_seed(2)
+    layer = module(source.LSTM(D, H, bidirectional=True, dtype=F64))
+    cell = module(source.LSTMCell(D, H, dtype=F64))
+    x = torch.randn(T, N, D, dtype=F64)
+    state = torch.randn(2, 2, N, H, dtype=F64)
+    y, _ = layer(tensor(x, 1), tuple(tensor(s, 1) for s in state))
+    h, c = cell(tensor(x[0], 0), tuple(tensor(s, 0) for s in state[0]))
+    (y.square().sum() + h.square().sum() + c.square().sum()).backward()
+    return [y, h, c, *(p.grad for p in (*layer.parameters(), *cell.parameters()))]
 
 
 def count_ours(model):
@@ -214,6 +247,13 @@ def test_two_processes_equal_one(together, case):
     for name, value in theirs.state_dict().items():
         torch.testing.assert_close(state[name], value, rtol=tolerance, atol=tolerance)
         assert (value - before[name]).abs().max() > 100 * tolerance  # something was learnt
+
+
+@pytest.mark.skipif(not WITH_DTENSOR, reason="older torch")
+def test_distributed_tensors(together):
+    """Parameters on every rank, the batch in parts."""
+    for actual, expected in zip(together["dtensor"], results_and_gradients(nn), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.slow

@@ -25,7 +25,8 @@ def run_layer(
     batch_sizes: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a layer: y, h_n, c_n. A ragged batch and sizes of zero have no node here."""
-    if batch_sizes or 0 in weights[0].shape or torch.autograd.forward_ad._current_level >= 0:
+    composed = batch_sizes or 0 in weights[0].shape or _is_distributed(x)
+    if composed or torch.autograd.forward_ad._current_level >= 0:
         return _composite.forward(directions, x, h0, c0, weights, batch_sizes)
     if not torch._C._are_functorch_transforms_active():
         return _ops.layer_of_graph(directions, x, h0, c0, weights)
@@ -42,6 +43,11 @@ def run_step(
     h0, c0 = (None if state is None else state.unsqueeze(0) for state in (h0, c0))
     _, h, c = run_layer(1, x.unsqueeze(0), h0, c0, weights)
     return h.squeeze(0), c.squeeze(0)
+
+
+def _is_distributed(x: Tensor) -> bool:
+    """Return whether this is a DTensor, which the operator does not know how to divide."""
+    return type(x).__module__.startswith("torch.distributed.tensor")
 
 
 def _apply(node: Any, *args: Any) -> Any:
