@@ -777,6 +777,8 @@ def test_pickle_and_copy(dtype, rng):
         assert rnn.weights["bias_hh_l0"].any()
 
 
+# NumPy 2.5 warns of both.
+@pytest.mark.filterwarnings("ignore:Setting the (shape|dtype) on:DeprecationWarning")
 @pytest.mark.parametrize("change", ["shape", "dtype"])
 def test_arrays_that_change_in_place_before_backward(change, rng):
     """The tape keeps views, which a caller cannot give another shape or dtype."""

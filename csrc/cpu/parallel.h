@@ -228,7 +228,7 @@ inline void watch_fork() {
 // The threads that a call with no number of its own uses: OMP_NUM_THREADS, omp_set_num_threads.
 inline int default_threads() {
 #ifdef _OPENMP
-  return forked ? 1 : omp_get_max_threads();
+  return forked ? 1 : std::max(1, omp_get_max_threads());  // what is too large comes out negative
 #else
   return 1;
 #endif
