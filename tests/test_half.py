@@ -241,8 +241,8 @@ def test_gradients_through_gates_almost_closed(bias, gate):
             p.copy_(p.bfloat16())
     errors = []
     for dtype in (torch.float32, torch.bfloat16):
-        module, state = copy.deepcopy(rnn).to(dtype), (torch.zeros(1, 8, H, dtype=dtype), c0.to(dtype))
-        y, (h, c) = module(x.to(dtype), state)
+        module = copy.deepcopy(rnn).to(dtype)
+        y, (_, c) = module(x.to(dtype), (torch.zeros_like(c0, dtype=dtype), c0.to(dtype)))
         (y.sum() + c.sum()).backward()
         errors.append(module.weight_ih_l0.grad[rows].float())
     exact, found = errors

@@ -423,9 +423,9 @@ void narrow(const T* from, int64_t count, Element element, void* to) {
 
 // ---- the step forward ---------------------------------------------------------------------------
 
-// A sigmoid as it is kept in float16: its distance from 0 or, negative, from 1, whichever is nearer.
-// So of gates that are almost closed or open nothing is lost: scaled, float16 has all its 11 bits of
-// distances from 2^-30 on.
+// A sigmoid as it is kept in float16: its distance from 0 or, negative, from 1, whichever is
+// nearer. So of gates that are almost closed or open nothing is lost: scaled, float16 has all its
+// 11 bits of distances from 2^-30 on.
 constexpr float kDistanceScale = 65536;
 FASTLSTM_INLINE Vec<float> distance_of(Vec<float> sigmoid) {
   return sigmoid > 0.5f ? (1 - sigmoid) * -kDistanceScale : sigmoid * kDistanceScale;

@@ -11,7 +11,6 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-
 Tensors = Sequence[Tensor | None]
 Work = Callable[[Tensors, Tensors], None]  # writes its outputs from its inputs, and may change both
 
