@@ -15,9 +15,9 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from copy import copy
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, wraps
 from itertools import accumulate
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from torch.nn.utils.rnn import PackedSequence
 from . import _cuda_plan, _tensors, _torch
 from ._cuda_graphs import Replays, Tensors
 from ._cuda_plan import Device, Plan
+
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
 
 _SWITCH = "FASTLSTM_CUDA_KERNELS"
 _MATH = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32", torch.float64: "f64"}
@@ -490,6 +493,18 @@ def _checked(
     return _packed(inputs), _packed(tensors)
 
 
+def _without_autocast(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    """Return a function whose products do not follow the autocast of its caller."""
+
+    @wraps(function)
+    def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
+        with torch._C._DisableAutocast():
+            return function(*args, **kwargs)
+
+    return run
+
+
+@_without_autocast
 def run_backward(
     layer: tuple[int, Sequence[int]],
     inputs: Sequence[Any],
@@ -499,18 +514,6 @@ def run_backward(
     needed: Sequence[bool],
 ) -> _torch.Grads:
     """Run one layer backward: arguments and results of `_torch.run_backward`."""
-    with torch._C._DisableAutocast():  # that of whoever calls backward()
-        return _run_backward(layer, inputs, y, kept, grads, needed)
-
-
-def _run_backward(
-    layer: tuple[int, Sequence[int]],
-    inputs: Sequence[Any],
-    y: Tensor,
-    kept: _torch.Kept,
-    grads: _torch.Grads,
-    needed: Sequence[bool],
-) -> _torch.Grads:
     directions, batch_sizes = layer
     others: list[Any] = [*map(_torch.gradient, grads), y, *(k for k in kept if k is not None)]
     (x, h0, c0, *weights), others = _checked(layer, list(inputs), others)
