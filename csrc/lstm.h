@@ -120,7 +120,7 @@ struct Backward {
   const T* c0;                // (N, H) or null: zeros
   Rows<const T> y;            // (T, N, P)      as the forward pass left it; not read where T is 1
   const T* gates;             // (T, N, 4, H)   likewise, or null and
-  const Float16* half_gates;  // the same in float16
+  const Float16* half_gates;  // the same in float16, as the forward pass left it
   const T* cells;             // (T, N, H)      likewise
   const T* raw;               // (T, N, H)      likewise; null without a projection
   Rows<const T> grad_y;       // (T, N, P), data null: zeros

@@ -421,6 +421,8 @@ def test_operators_record_nothing(replays):
         inputs = x, h0, c0, weights, y, kept, 1, needed, None
         torch.ops.fastlstm.layer_backward(grad_y, None, None, *inputs)
     assert not replays._known
+    _torch.run_layer(1, x, h0, c0, weights)
+    assert replays._known
 
 
 @pytest.mark.parametrize("plan", ["block", "steps"])

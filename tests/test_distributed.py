@@ -153,7 +153,14 @@ def train_together(rank):
         ours = count_ours(shared), count_ours(fastlstm.nn.revert(shared))
         results[name] = losses / RANKS, state, ours
     if WITH_DTENSOR:
-        results["dtensor"] = [t.full_tensor() for t in results_and_gradients(fastlstm.nn, divided)]
+        from torch.distributed.tensor.experimental import implicit_replication
+
+        found = {"parts": results_and_gradients(fastlstm.nn, divided)}
+        with implicit_replication():
+            found["whole"] = results_and_gradients(
+                fastlstm.nn, lambda: (undivided()[0], divided()[1])
+            )
+        results["dtensor"] = {k: [t.full_tensor() for t in part] for k, part in found.items()}
     return results
 
 
@@ -169,11 +176,11 @@ def divided():
     )
 
 
-def whole():
+def undivided():
     return (lambda tensor, dim: tensor), (lambda module: module)
 
 
-def results_and_gradients(source, places=whole):
+def results_and_gradients(source, places=undivided):
     """What a layer and a cell return, and the gradients of their parameters."""
     tensor, module = places()
     torch.manual_seed(2)
@@ -250,9 +257,11 @@ def test_two_processes_equal_one(together, case):
 
 
 @pytest.mark.skipif(not WITH_DTENSOR, reason="older torch")
-def test_distributed_tensors(together):
-    """Parameters on every rank, the batch in parts."""
-    for actual, expected in zip(together["dtensor"], results_and_gradients(nn), strict=True):
+@pytest.mark.parametrize("batch", ["parts", "whole"])
+def test_distributed_tensors(together, batch):
+    """Parameters on every rank; the batch in parts, or as a plain tensor."""
+    found = together["dtensor"][batch]
+    for actual, expected in zip(found, results_and_gradients(nn), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 

@@ -858,6 +858,7 @@ def test_make_fx_before_autograd(cell):
     ours = (fastlstm.nn.LSTMCell if cell else fastlstm.nn.LSTM)(3, 4)
     x, other = random(2, 5, *(() if cell else (2,)), 3, dtype=torch.float32)
     graph = make_fx(lambda x: ours(x)[0], pre_dispatch=True, _allow_non_fake_inputs=True)(x)
+    assert [str(node.target) for node in graph.graph.nodes].count("fastlstm.layer.default") == 1
     assert_close([graph(other)], [ours(other)[0]])
 
 

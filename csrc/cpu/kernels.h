@@ -53,6 +53,7 @@ struct Product {
 
 // One time step for rows n of the batch and units j. Row strides count elements.
 //   z = h W_hh^T + start + x W_ih^T, then gates, c and h. A depth of 0 leaves that product out.
+// Sums of scalars are in that order; where lanes or tiles are added up in the end, it matters less.
 template <class T>
 struct StepForward {
   int64_t step;  // odd steps take the panels in descending order
@@ -68,7 +69,8 @@ struct StepForward {
   Rows<T> c;
   Rows<T> h;
   Rows<T> gates;             // data null: not kept
-  Rows<Float16> half_gates;  // or in float16, see distance_of(); data null likewise
+  Rows<Float16> half_gates;  // or in float16; data null likewise
+  bool as_distances;         // i, f and o are kept as distance_of() has them: in float16
   T* scratch;                // memory of `scratch_size`
 };
 
@@ -84,7 +86,7 @@ struct StepBackward {
   int64_t depth;         // K
   Panels<T> w;           // plain panels
   Rows<const T> gates;
-  Rows<const Float16> half_gates;  // in float16, where gates is null
+  Rows<const Float16> half_gates;  // in float16 as distances, where gates is null
   Rows<const T> c_prev;
   Rows<const T> c;
   Rows<T> dc;

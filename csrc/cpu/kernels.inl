@@ -424,15 +424,16 @@ void narrow(const T* from, int64_t count, Element element, void* to) {
 // ---- the step forward ---------------------------------------------------------------------------
 
 // A sigmoid as it is kept in float16: its distance from 0 or, negative, from 1, whichever is
-// nearer. So of gates that are almost closed or open nothing is lost: scaled, float16 has all its
-// 11 bits of distances from 2^-30 on.
-constexpr float kDistanceScale = 65536;
+// nearer. So gates that are almost closed or open keep 11 bits of it: scaled, float16 has them of
+// distances from 2^-30 on. That of 1 is its smallest number, for the sign; 1 - 2^-40 is 1 again.
+constexpr float kDistanceScale = 0x1p16f, kSmallest = 0x1p-24f;
 FASTLSTM_INLINE Vec<float> distance_of(Vec<float> sigmoid) {
-  return sigmoid > 0.5f ? (1 - sigmoid) * -kDistanceScale : sigmoid * kDistanceScale;
+  const Vec<float> from_one = at_most((1 - sigmoid) * -kDistanceScale, broadcast(-kSmallest));
+  return sigmoid > 0.5f ? from_one : sigmoid * kDistanceScale;
 }
 FASTLSTM_INLINE Vec<float> sigmoid_at(Vec<float> distance) {
   const Vec<float> from_end = distance * (1 / kDistanceScale);
-  return (Bits<float>)distance < 0 ? 1 + from_end : from_end;  // -0 is 1
+  return distance < 0 ? 1 + from_end : from_end;
 }
 
 // The cells of R batch rows from n on: gates, c and h of one vector of units each, from z.
@@ -454,14 +455,13 @@ FASTLSTM_INLINE void cells_forward(const StepForward<T>& in, int64_t n, int64_t 
       for (int gate = 0; gate < 4; ++gate)
         part.put(rows.at(0, n + r) + unit + gate * H, gates[gate][r]);
   };
+  if constexpr (sizeof(T) == sizeof(float)) {
+    for (int gate = 0; in.as_distances && gate < 4; ++gate)
+      for (int r = 0; r < R; ++r)
+        if (gate != 2) gates[gate][r] = distance_of(gates[gate][r]);
+    if (in.half_gates.data) keep(in.half_gates);
+  }
   if (in.gates.data) keep(in.gates);
-  if constexpr (sizeof(T) == sizeof(float))
-    if (in.half_gates.data) {
-      for (int gate = 0; gate < 4; ++gate)
-        for (int r = 0; r < R; ++r)
-          if (gate != 2) gates[gate][r] = distance_of(gates[gate][r]);
-      keep(in.half_gates);
-    }
 }
 
 template <class T>
@@ -522,7 +522,7 @@ FASTLSTM_INLINE void dot_rows(const T* const (&a)[M], int64_t depth, const S* w,
   if (k < depth) add(k, FirstLanes{depth - k});
 }
 
-// z[m] = start + the products of one gate for the units from `unit` on, of which `width` are there.
+// z[m] = the products + start of one gate for the units from `unit` on, of which `width` are there.
 template <class T, class S, int M, class L>
 FASTLSTM_INLINE void dot_units(const StepForward<T>& in, const S* w_ih, const S* w_hh,
                                const T* const (&x)[M], const T* const (&h)[M], int64_t n,
@@ -647,6 +647,7 @@ void across(const StepForward<T>& in, int64_t n, int64_t count, int64_t p0, int6
     turned.c_prev = turned.c;
     turned.h = {out[0], 0, row};
     if (in.gates.data || in.half_gates.data) turned.gates = {gates[0][0], 0, 4 * row};
+    turned.as_distances = in.as_distances;
     const auto some = [&](auto many, int64_t u) FASTLSTM_INLINE_LAMBDA {
       constexpr int R = decltype(many)::value, M = 4 * R;
       const auto row_of = [&](int gate, int64_t unit) { return gate * H + first + unit; };
@@ -682,12 +683,7 @@ void across(const StepForward<T>& in, int64_t n, int64_t count, int64_t p0, int6
     for (int64_t gate = 0; gate < 4; ++gate) {
       if (in.gates.data) turn_back(gates[0][gate], 4 * row, in.gates, gate * H);
       if constexpr (sizeof(T) == sizeof(float))
-        if (in.half_gates.data) {
-          for (int64_t u = 0; gate != 2 && u < units; ++u)
-            for (T* at = gates[u][gate]; at < gates[u][gate] + row; at += VL)
-              store(at, distance_of(load((const T*)at)));
-          turn_back(gates[0][gate], 4 * row, in.half_gates, gate * H);
-        }
+        if (in.half_gates.data) turn_back(gates[0][gate], 4 * row, in.half_gates, gate * H);
     }
   });
 }

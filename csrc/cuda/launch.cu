@@ -162,7 +162,14 @@ DeviceProperties properties(int device) {
   const void* const kernel =
       reinterpret_cast<const void*>(recurrence_for<true>(Math::bf16, false, false));
   cudaFuncAttributes compiled{};
-  check(cudaFuncGetAttributes(&compiled, kernel), "cudaFuncGetAttributes");
+  const cudaError_t error = cudaFuncGetAttributes(&compiled, kernel);
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
+      error == cudaErrorUnsupportedPtxVersion) {
+    cudaGetLastError();
+    found.major = 0;
+    return found;
+  }
+  check(error, "cudaFuncGetAttributes");
   // What the driver made of code for an older device has no exchange within a cluster.
   if (found.major < 9 || compiled.ptxVersion < 90) return found;
   allow(kernel, device);

@@ -177,7 +177,8 @@ struct Task {
 };
 
 // What a device offers; `cooperative`: whether a grid barrier is possible; `clusters`: how many of
-// 2, 4, 8 and 16 blocks that take all shared memory run at the same time.
+// 2, 4, 8 and 16 blocks that take all shared memory run at the same time; `major`: 0 where the
+// kernels were compiled for other devices.
 struct DeviceProperties {
   int major, minor, multiprocessors, shared_bytes;
   bool cooperative;

@@ -41,13 +41,15 @@ class Graph:
         # Not torch.cuda.graph, which waits for the device. cuBLAS takes a workspace for each stream
         # and keeps it: the graph has one of its own, and nobody else has that.
         torch._C._cuda_clearCublasWorkspaces()
-        with torch.cuda.stream(aside):
-            self._graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                run()
-            finally:
-                self._graph.capture_end()
-        torch._C._cuda_clearCublasWorkspaces()
+        try:
+            with torch.cuda.stream(aside):
+                self._graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    run()
+                finally:
+                    self._graph.capture_end()
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
         current.wait_stream(aside)
 
     def replay(self) -> None:
@@ -65,13 +67,13 @@ class _WithoutReplays(threading.local):
     torch, which record it as they do all others, and is not a recording's to keep.
     """
 
-    now = False
+    depth = 0
 
     def __enter__(self) -> None:
-        self.now = True
+        self.depth += 1
 
     def __exit__(self, *_: object) -> None:
-        self.now = False
+        self.depth -= 1
 
 
 without_replays = _WithoutReplays()
@@ -98,7 +100,7 @@ class Replays:
         self._lock = threading.Lock()
 
     def __call__(self, key: Hashable, inputs: Tensors, outputs: Tensors, work: Work) -> None:
-        if without_replays.now:
+        if without_replays.depth:
             return work(inputs, outputs)
         with self._lock:
             known = self._find(key, inputs, outputs, work)

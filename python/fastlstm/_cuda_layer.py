@@ -644,15 +644,7 @@ def served(rnn: Any, input: Any, hx: Any, weights: list[Any]) -> tuple[Any, Any,
 
 def capable(x: Tensor) -> bool:
     """Return whether there are kernels for the device of x."""
-    return _has_kernels(_index(x))
-
-
-@lru_cache(maxsize=64)
-def _has_kernels(index: int) -> bool:
-    try:
-        return properties(index).major >= 8
-    except RuntimeError:  # they were compiled for others
-        return False
+    return properties(_index(x)).major >= 8
 
 
 def _right_shapes(
@@ -694,8 +686,8 @@ def explain(lstm: Any, input: Any, hx: Any, device: Any) -> str:
         if served(lstm, input, hx, weights) is None:
             return (
                 "torch.nn.LSTM's own path: the kernels take strided tensors of one dtype "
-                "(bfloat16, float16, float32, float64) on one device of compute capability 8.0 or "
-                "more, in the shapes of torch.nn.LSTM"
+                "(bfloat16, float16, float32, float64) on one device that they were compiled for, "
+                "of compute capability 8.0 or more, in the shapes of torch.nn.LSTM"
             )
         device = properties(_index(x))
     if ragged:

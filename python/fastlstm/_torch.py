@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import _symbolic_trace
 from torch.nn import Parameter
 
 from . import _composite, _core, _steps, _tensors
@@ -88,13 +89,9 @@ def observed() -> bool:
     )
 
 
-_has_key = torch._C._dispatch_tls_is_dispatch_key_included
-_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
-
-
-def watched() -> bool:
-    """Return whether a mode sees the operators that are called, as they are or before autograd."""
-    return torch._C._len_torch_dispatch_stack() > 0 or bool(_has_key(_PRE_DISPATCH))
+def seen_by_a_mode() -> bool:
+    """Return whether a mode of dispatch, or make_fx with one before it, sees what is called."""
+    return torch._C._len_torch_dispatch_stack() > 0 or _symbolic_trace._is_fx_tracing_flag
 
 
 def on_kernels(
@@ -107,7 +104,7 @@ def on_kernels(
     steps: Steps | None,
 ) -> Grads | None:
     """Return what :func:`run_backward` does, or None where the kernels cannot."""
-    if observed() or watched():
+    if observed() or seen_by_a_mode():
         return None
     try:
         return run_backward(layer, inputs, y, kept, grads, needed, steps)

@@ -25,7 +25,7 @@ def run_layer(
     batch_sizes: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a layer: y, h_n, c_n. A ragged batch and sizes of zero have no node here."""
-    composed = batch_sizes or 0 in weights[0].shape or _is_distributed(x)
+    composed = batch_sizes or 0 in weights[0].shape or _distributed(x, h0, c0, *weights)
     if composed or torch.autograd.forward_ad._current_level >= 0:
         return _composite.forward(directions, x, h0, c0, weights, batch_sizes)
     if not torch._C._are_functorch_transforms_active():
@@ -45,9 +45,9 @@ def run_step(
     return h.squeeze(0), c.squeeze(0)
 
 
-def _is_distributed(x: Tensor) -> bool:
-    """Return whether this is a DTensor, which the operator does not know how to divide."""
-    return type(x).__module__.startswith("torch.distributed.tensor")
+def _distributed(*tensors: Tensor | None) -> bool:
+    """Return whether one is a DTensor, which the operator does not know how to divide."""
+    return any(type(tensor).__module__.startswith("torch.distributed.") for tensor in tensors)
 
 
 def _apply(node: Any, *args: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _check, _core, _cuda_layer, _dynamo, _fx, _ops, _tensors, _transforms
-from ._torch import run_layer, run_step, watched
+from ._torch import run_layer, run_step, seen_by_a_mode
 
 __all__ = ["LSTM", "LSTMCell", "convert", "explain", "revert"]
 
@@ -27,7 +27,7 @@ def _observed() -> bool:
     return (
         torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
-        or watched()
+        or seen_by_a_mode()
         or torch.autograd.forward_ad._current_level >= 0
     )
 
