@@ -47,6 +47,8 @@ def run_step(
 
 def _distributed(*tensors: Tensor | None) -> bool:
     """Return whether one is a DTensor, which the operator does not know how to divide."""
+    if torch.compiler.is_compiling():  # Dynamo cannot tell
+        return False
     return any(type(tensor).__module__.startswith("torch.distributed.") for tensor in tensors)
 
 
