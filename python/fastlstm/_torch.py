@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import _symbolic_trace
+from torch.fx._symbolic_trace import is_fx_tracing
 from torch.nn import Parameter
 
 from . import _composite, _core, _steps, _tensors
@@ -91,7 +91,7 @@ def observed() -> bool:
 
 def seen_by_a_mode() -> bool:
     """Return whether a mode of dispatch, or make_fx with one before it, sees what is called."""
-    return torch._C._len_torch_dispatch_stack() > 0 or _symbolic_trace._is_fx_tracing_flag
+    return torch._C._len_torch_dispatch_stack() > 0 or bool(is_fx_tracing())
 
 
 def on_kernels(
