@@ -65,6 +65,20 @@ def test_the_numpy_side_works_after_torch(torch):
     stdout_of(run_python("import torch\n" + USE_EVERYTHING, timeout=120))
 
 
+TRAIN = """
+import torch, fastlstm.nn
+for make in fastlstm.nn.LSTM, fastlstm.nn.LSTMCell:
+    y, _ = make(3, 5)(torch.ones(2, 3))
+    y.sum().backward()
+"""
+
+
+def test_nothing_is_logged(torch):
+    """Torch logs a warning where some of its functions are called."""
+    result = run_python(TRAIN, timeout=120)
+    assert (stdout_of(result), result.stderr) == ("", "")
+
+
 def test_public_names():
     for name in (
         "LSTM",

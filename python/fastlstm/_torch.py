@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx._symbolic_trace import is_fx_tracing
 from torch.nn import Parameter
 
 from . import _composite, _core, _steps, _tensors
@@ -89,9 +88,13 @@ def observed() -> bool:
     )
 
 
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch  # of make_fx(pre_dispatch=True)
+
+
 def seen_by_a_mode() -> bool:
     """Return whether a mode of dispatch, or make_fx with one before it, sees what is called."""
-    return torch._C._len_torch_dispatch_stack() > 0 or bool(is_fx_tracing())
+    included = torch._C._dispatch_tls_is_dispatch_key_included
+    return torch._C._len_torch_dispatch_stack() > 0 or included(_PRE_DISPATCH)
 
 
 def on_kernels(
