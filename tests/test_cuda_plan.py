@@ -120,6 +120,14 @@ def test_a_graph_pays_where_the_host_is_slower_than_the_device():
     assert not plan(4096, 512, 1, "f32", False, H100).reason.endswith("of a kind on")
 
 
+def test_what_may_not_be_recorded_is_planned_as_queued_by_the_host():
+    args = 256, 1024, 1, "bf16", False, H100
+    with_graph = plan(*args)
+    assert with_graph.path == "steps" and with_graph.reason.endswith("of a kind on")
+    without = _cuda_plan.plan(*args, 1024, replays=False)
+    assert "graph" not in without.reason and without.nanoseconds > with_graph.nanoseconds
+
+
 def test_explain():
     torch = pytest.importorskip("torch", reason="tests of the torch side")
     import fastlstm.nn

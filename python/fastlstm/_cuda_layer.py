@@ -25,7 +25,7 @@ from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _cuda_plan, _tensors, _torch
-from ._cuda_graphs import Replays, Tensors
+from ._cuda_graphs import Replays, Tensors, without_replays
 from ._cuda_plan import Device, Plan
 
 _Given = ParamSpec("_Given")
@@ -86,7 +86,8 @@ def _index(x: Tensor) -> int:
 def _plan(x: Tensor, N: int, H: int, P: int, directions: int, backward: bool) -> tuple[str, Plan]:
     math = math_of(x.dtype)
     device = properties(_index(x))
-    return math, _cuda_plan.plan(N, H, directions, math, backward, device, P)
+    replays = not without_replays.depth
+    return math, _cuda_plan.plan(N, H, directions, math, backward, device, P, replays)
 
 
 def _where(x: Tensor) -> tuple[int, int]:

@@ -130,7 +130,14 @@ def _round_up(a: int, b: int) -> int:
 
 @lru_cache(maxsize=1024)
 def plan(
-    N: int, H: int, directions: int, math: str, backward: bool, device: Device, P: int
+    N: int,
+    H: int,
+    directions: int,
+    math: str,
+    backward: bool,
+    device: Device,
+    P: int,
+    replays: bool = True,
 ) -> Plan:
     """Return the way to run a pass over N batch rows and H hidden units.
 
@@ -142,10 +149,12 @@ def plan(
         dtype, with the arithmetic of float32 told apart.
     backward : bool
     device : Device
+    replays : bool
+        Whether the call may record CUDA graphs, which operators do not.
     """
-    steps_cost = _steps_cost(N, H, math, device) * directions
-    graph = ", as one CUDA graph from the second call of a kind on"
-    replayed = graph if replay_pays(N, H, math, device) else ""
+    replays = replays and replay_pays(N, H, math, device)
+    steps_cost = _steps_cost(N, H, math, device, replays) * directions
+    replayed = ", as one CUDA graph from the second call of a kind on" if replays else ""
 
     def step_by_step(why: str) -> Plan:
         return STEPS._replace(nanoseconds=steps_cost, reason=f"steps: {why}{replayed}")
@@ -189,7 +198,7 @@ def replay_pays(N: int, H: int, math: str, device: Device) -> bool:
     It does where the host takes longer to queue a step than the device to compute it and to copy
     what it reads and writes into and out of the graph's own memory, some ten rows of H units.
     """
-    return _replayed_cost(N, H, math, device) < max(_computes(N, H, math, device), _HOST)
+    return _steps_cost(N, H, math, device, True) < _steps_cost(N, H, math, device, False)
 
 
 def _computes(N: int, H: int, math: str, device: Device) -> float:
@@ -198,14 +207,11 @@ def _computes(N: int, H: int, math: str, device: Device) -> float:
     return max(product, weights)
 
 
-def _replayed_cost(N: int, H: int, math: str, device: Device) -> float:
+def _steps_cost(N: int, H: int, math: str, device: Device, replayed: bool) -> float:
+    if not replayed:
+        return max(_computes(N, H, math, device), _HOST)
     copies = 2 * 10 * N * H * STORAGE[math] / (_MEMORY * device.multiprocessors)
     return _REPLAYED + _computes(N, H, math, device) + copies
-
-
-def _steps_cost(N: int, H: int, math: str, device: Device) -> float:
-    by_host = max(_computes(N, H, math, device), _HOST)
-    return min(_replayed_cost(N, H, math, device), by_host)
 
 
 def _candidates(
