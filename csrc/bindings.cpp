@@ -646,6 +646,7 @@ py::dict show_plan(int64_t T, int64_t N, int64_t D, int64_t H, int threads, int 
     shown["threads"] = plan.threads();
     shown["direct"] = plan.direct;
     shown["across"] = plan.across;
+    shown["row_by_row"] = plan.row_by_row;
     shown["floats_on_tiles"] = sizeof(E) == 4 && use == Use::floats_on_tiles;
     shown["products_on_tiles"] = sizeof(E) == 4 && products == Use::floats_on_tiles;
     shown["input_in_step"] = plan.input_in_step;

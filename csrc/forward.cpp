@@ -144,6 +144,7 @@ class ForwardPass {
           step.h = in.layer.w_hr ? raw : y.block(s, 0, batch);
           step.gates = in.gates ? kept_gates.block(s, 0, batch) : Rows<T>{};
           step.half_gates = in.half_gates ? half_gates.block(s, 0, batch) : Rows<Float16>{};
+          step.row_by_row = plan.row_by_row;
           step.as_distances = in.half_gates != nullptr;
           step.scratch = scratch;
           const auto run = plan.across   ? kernel.step_forward_across

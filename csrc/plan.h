@@ -16,8 +16,9 @@ namespace fastlstm {
 struct Plan {
   int row_groups = 1;
   int panel_groups = 1;
-  bool direct = false;  // read the weights where they are instead of packing them
-  bool across = false;  // forward, where direct: the batch across the lanes
+  bool direct = false;      // read the weights where they are instead of packing them
+  bool across = false;      // forward, where direct: the batch across the lanes
+  bool row_by_row = false;  // forward, where direct: a batch of one, one row of W at a time
   bool input_in_step =
       false;          // forward: the input product inside the step, not a product over time
   int64_t block = 1;  // time steps whose input product (or dz) is held at once, and after which a

@@ -494,54 +494,56 @@ void step_forward(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p0, 
   });
 }
 
-// total[r][m] += a[m][k] * w[r][k], summed over k within the lanes, for R neighbouring rows of w.
-template <class T, class S, int R, int M>
+// total[c][r][m] += a[m][k] * w[r][k], summed over k within the lanes and in C chains, for R
+// neighbouring rows of w.
+template <class T, class S, int C, int R, int M>
 FASTLSTM_INLINE void dot_rows(const T* const (&a)[M], int64_t depth, const S* w,
-                              Vec<T> (&total)[R][M]) {
-  constexpr int VL = lanes<T>();
-  const auto add = [&](int64_t k, auto part) {
+                              Vec<T> (&total)[C][R][M]) {
+  constexpr int VL = lanes<T>(), kRound = 4;
+  const auto add = [&](int64_t k, int chain, auto part) {
     Vec<T> row[M];
     for (int m = 0; m < M; ++m) row[m] = part.get(a[m] + k);
     for (int r = 0; r < R; ++r) {
       const Vec<T> column = part.get(w + r * depth + k);
-      for (int m = 0; m < M; ++m) total[r][m] = fma(row[m], column, total[r][m]);
+      for (int m = 0; m < M; ++m) total[chain][r][m] = fma(row[m], column, total[chain][r][m]);
     }
   };
   int64_t k = 0;
-  // Few rows of x: the weights come from afar. Fewer rounds of the loop, and the next rows asked
-  // for.
+  // Few rows of x: reading the weights takes longest. Fewer rounds of the loop.
   if constexpr (M <= 2)
-    for (; k + 4 * VL <= depth; k += 4 * VL) {
+    for (; k + kRound * VL <= depth; k += kRound * VL) {
 #pragma GCC unroll 4
-      for (int u = 0; u < 4; ++u) {
-        for (int r = 0; r < R; ++r) __builtin_prefetch(w + (R + r) * depth + k + u * VL, 0, 3);
-        add(k + u * VL, AllLanes());
-      }
+      for (int u = 0; u < kRound; ++u) add(k + u * VL, u % C, AllLanes());
     }
-  for (; k + VL <= depth; k += VL) add(k, AllLanes());
-  if (k < depth) add(k, FirstLanes{depth - k});
+  for (; k + VL <= depth; k += VL) add(k, 0, AllLanes());
+  if (k < depth) add(k, 0, FirstLanes{depth - k});
 }
 
 // z[m] = the products + start of one gate for the units from `unit` on, of which `width` are there.
-template <class T, class S, int M, class L>
+// R rows of weights at a time share the loads of x and h; a single one has four chains.
+template <int R, class T, class S, int M, class L>
 FASTLSTM_INLINE void dot_units(const StepForward<T>& in, const S* w_ih, const S* w_hh,
                                const T* const (&x)[M], const T* const (&h)[M], int64_t n,
                                int64_t gate, int64_t unit, int64_t width, L part, Vec<T> (&z)[M]) {
   constexpr int VL = lanes<T>();
-  constexpr int R = VL < 4 ? VL : 4;  // rows of weights at a time share the loads of x and h
+  constexpr int C = R == 1 ? 4 : 1;
   Vec<T> sums[M][VL];
   const auto add = [&](auto count, int64_t l) {
-    constexpr int C = decltype(count)::value;
-    Vec<T> total[C][M] = {};
+    constexpr int N = decltype(count)::value;
+    Vec<T> total[C][N][M] = {};
     const int64_t row = gate * in.hidden + unit + l;
     dot_rows<T>(x, in.input, w_ih + row * in.input, total);
     dot_rows<T>(h, in.output, w_hh + row * in.output, total);
-    for (int r = 0; r < C; ++r)
-      for (int m = 0; m < M; ++m) sums[m][l + r] = total[r][m];
+    for (int r = 0; r < N; ++r)
+      for (int m = 0; m < M; ++m) {
+        sums[m][l + r] = total[0][r][m];
+        for (int c = 1; c < C; ++c) sums[m][l + r] += total[c][r][m];
+      }
   };
   int64_t l = 0;
   for (; l + R <= width; l += R) add(Int<R>(), l);
-  for (; l < width; ++l) add(Int<1>(), l);
+  if constexpr (R > 1)
+    for (; l < width; ++l) add(Int<1>(), l);
   for (; l < VL; ++l)
     for (int m = 0; m < M; ++m) sums[m][l] = Vec<T>{};
   for (int m = 0; m < M; ++m)
@@ -574,7 +576,14 @@ FASTLSTM_INLINE void step_along_rows(const StepForward<T>& in, const S* w_ih, co
           const int64_t unit = (first + p) * VL;
           const int64_t width = H - unit < VL ? H - unit : VL;
           with_lanes<T>(H - unit, [&](auto part) {
-            dot_units<T>(in, w_ih, w_hh, x, h, n, gate, unit, width, part, z[gate][p]);
+            const auto dot = [&](auto at_once) {
+              dot_units<decltype(at_once)::value>(in, w_ih, w_hh, x, h, n, gate, unit, width, part,
+                                                  z[gate][p]);
+            };
+            if (M == 1 && in.row_by_row)
+              dot(Int<1>());
+            else
+              dot(Int < VL<4 ? VL : 4>());
           });
         }
       for (int64_t p = 0; p < count; ++p)
