@@ -118,6 +118,15 @@ FASTLSTM_INLINE const T* next_part(const T* next, int64_t row, int64_t depth) {
 
 // ---- the tile product ---------------------------------------------------------------------------
 
+// Zeros, stored one by one: of `= {}` GCC makes a `rep stos`, which takes long to begin.
+template <class V, int M, int N>
+FASTLSTM_INLINE void clear(V (&sums)[M][N]) {
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) sums[m][n] = V{};
+}
+
 // Most terms of a product that one chain of additions takes, up to whole rounds of the loop. Longer
 // chains round worse: at 384 more cases pass nn.LSTM's error and 1e-6. A cut costs some 50 cycles.
 constexpr int64_t kChain = 320;
@@ -151,7 +160,8 @@ FASTLSTM_INLINE void add_product(const T* const (&a)[M], int64_t depth, const T*
     }
   };
   if (depth <= kChain) return chain(0, depth);
-  Vec<T> total[M][V] = {};
+  Vec<T> total[M][V];
+  clear(total);
   const int64_t chains = (depth + kChain - 1) / kChain;
   const int64_t length = (depth / chains + 4) / 4 * 4;  // whole rounds of the loop above
   for (int64_t from = 0; from < depth; from += length) {
@@ -474,7 +484,8 @@ void step_forward(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p0, 
     with_lanes<T>(H - unit, [&](auto part) {
       for_tiles(n0, n1, [&](int64_t n, auto rows) {
         constexpr int M = decltype(rows)::value;
-        Vec<T> z[M][4] = {};
+        Vec<T> z[M][4];
+        clear(z);
         const auto add = [&](Rows<const T> from, int64_t depth, const T* w) FASTLSTM_INLINE_LAMBDA {
           const T* a[M];
           for (int r = 0; r < M; ++r) a[r] = from.at(0, n + r);
@@ -660,7 +671,8 @@ void across(const StepForward<T>& in, int64_t n, int64_t count, int64_t p0, int6
     const auto some = [&](auto many, int64_t u) FASTLSTM_INLINE_LAMBDA {
       constexpr int R = decltype(many)::value, M = 4 * R;
       const auto row_of = [&](int gate, int64_t unit) { return gate * H + first + unit; };
-      Vec<T> z[M][V] = {};
+      Vec<T> z[M][V];
+      clear(z);
       const auto add = [&](const Matrix<T>& w, int64_t depth, const T* b) FASTLSTM_INLINE_LAMBDA {
         const T* a[M];
         for (int m = 0; m < M; ++m)
@@ -753,7 +765,8 @@ void step_backward(const StepBackward<T>& in, int64_t n0, int64_t n1, int64_t p0
       with_lanes<T>(H - first - (V - 1) * VL, [&](auto last) {
         for_tiles(n0, n1, [&](int64_t n, auto rows) {
           constexpr int M = decltype(rows)::value;
-          Vec<T> dh[M][V] = {};
+          Vec<T> dh[M][V];
+          clear(dh);
           const auto add = [&](Rows<const T> grad) {
             for (int r = 0; r < M; ++r) {
               const T* from = grad.at(0, n + r) + first;
