@@ -31,6 +31,7 @@ SIZES = sorted(
         *((3, 3, 5, size) for size in AWKWARD),
         *((1, 1, size, size) for size in AWKWARD),
         *((1, size, 7, 37) for size in (*AWKWARD, 12)),  # a single step, of few rows and of more
+        (2, 1, 437, 453),  # one row on weights beyond L2
         *(
             (AWKWARD[k], AWKWARD[(k + 5) % 16], AWKWARD[(k + 9) % 16], AWKWARD[(k + 14) % 16])
             for k in range(16)

@@ -23,6 +23,7 @@ SIZES = [
     (1, 1, 300, 300),
     (1, 30, 64, 100),
     (3, 1, 64, 256),
+    (2, 1, 437, 453),
     (20, 1, 128, 512),
     (5, 2, 97, 300),
     (10, 32, 1, 50),
@@ -55,6 +56,7 @@ def test_the_sizes_reach_every_plan():
         if not backward:
             assert {plan["input_in_step"] for _, plan in cases} == {False, True}
             assert {plan["across"] for _, plan in cases} == {False, True}
+            assert {plan["row_by_row"] for _, plan in cases} == {False, True}
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=SIZE_IDS)
