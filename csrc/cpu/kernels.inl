@@ -568,7 +568,7 @@ constexpr int64_t kDirectPanels = 4;
 template <class T, class S>
 FASTLSTM_INLINE void step_along_rows(const StepForward<T>& in, const S* w_ih, const S* w_hh,
                                      int64_t n0, int64_t n1, int64_t p0, int64_t p1) {
-  constexpr int VL = lanes<T>();
+  constexpr int VL = lanes<T>(), R = VL < 4 ? VL : 4;
   const int64_t H = in.hidden;
   const int64_t most = n1 - n0 > kTileRows ? 1 : kDirectPanels;  // more tiles: the weights in L2
   for_panels(in.step, 0, (p1 - p0 + most - 1) / most, [&](int64_t group, int64_t) {
@@ -594,7 +594,7 @@ FASTLSTM_INLINE void step_along_rows(const StepForward<T>& in, const S* w_ih, co
             if (M == 1 && in.row_by_row)
               dot(Int<1>());
             else
-              dot(Int < VL<4 ? VL : 4>());
+              dot(Int<R>());
           });
         }
       for (int64_t p = 0; p < count; ++p)
