@@ -167,12 +167,13 @@ Use use_products_backward(const Sizes& s, bool in_bf16) {
 
 Plan plan_forward(const Sizes& s, const Machine& m, int threads) {
   Plan plan;
-  const double weights = 4 * m.element * double(s.hidden) * double(s.input + s.output);
+  const double column = 4 * m.element * double(s.hidden);  // bytes of W
   plan.direct = direct_forward(s, m);
   plan.across = plan.direct && across(s, m);
-  plan.row_by_row = plan.direct && s.batch == 1 && weights > kRowByRowBytes;
-  const bool far = s.batch <= kFarBatch && s.steps >= kFarSteps &&
-                   4 * m.element * double(s.hidden) * double(s.input) > double(kFarBytes);
+  plan.row_by_row =
+      plan.direct && s.batch == 1 && column * double(s.input + s.output) > kRowByRowBytes;
+  const bool far =
+      s.batch <= kFarBatch && s.steps >= kFarSteps && column * double(s.input) > double(kFarBytes);
   plan.input_in_step = plan.direct || s.input <= kInputInStep || (s.batch >= kBatchInStep && !far);
   Machine of_step = m;
   if (plan.across) of_step.tile_rows = m.lanes;

@@ -70,7 +70,7 @@ struct StepForward {
   Rows<T> h;
   Rows<T> gates;             // data null: not kept
   Rows<Float16> half_gates;  // or in float16; data null likewise
-  bool row_by_row = false;   // one row of the batch, on weights as they are: one row of W at a time
+  bool row_by_row;           // a batch of one, on weights as they are: one row of W at a time
   bool as_distances;         // i, f and o are kept as distance_of() has them: in float16
   T* scratch;                // memory of `scratch_size`
 };
