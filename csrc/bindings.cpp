@@ -650,6 +650,7 @@ py::dict show_plan(int64_t T, int64_t N, int64_t D, int64_t H, int threads, int 
     shown["floats_on_tiles"] = sizeof(E) == 4 && use == Use::floats_on_tiles;
     shown["products_on_tiles"] = sizeof(E) == 4 && products == Use::floats_on_tiles;
     shown["input_in_step"] = plan.input_in_step;
+    shown["pack_at_use"] = plan.pack_at_use;
     shown["block"] = plan.block;
     shown["task"] = plan.task;
     shown["layers_at_once"] = &of_first == &of_upper

@@ -44,7 +44,9 @@ class ForwardPass {
         row_group_(size_t(plan.row_groups)) {
     const auto [steps, batch, input, hidden, output] = in.sizes;
     bias_place_ = workspace->reserve<T>(4 * hidden);
-    ih_place_ = workspace->reserve<T>(plan.direct ? 0 : gate_shape_.packed_size(input));
+    ih_place_ = workspace->reserve<T>(plan.direct        ? 0
+                                      : plan.pack_at_use ? plan.threads() * panel_size(input)
+                                                         : gate_shape_.packed_size(input));
     hh_place_ = workspace->reserve<T>(plan.direct ? 0 : gate_shape_.packed_size(output));
     hr_place_ = workspace->reserve<T>(y_shape_.packed_size(hidden));
     raw_place_ = workspace->reserve<T>(in.layer.w_hr && !in.raw ? batch * hidden : 0);
@@ -80,7 +82,11 @@ class ForwardPass {
     const int64_t panels = ceil_div(hidden, lanes);
     const int64_t gates = 4 * hidden;
     const int threads = plan.threads();
-    T *const bias = bias_, *const w_ih = w_ih_, *const w_hh = w_hh_;
+    T* const bias = bias_;
+    T* const w_ih = w_ih_ + (plan.pack_at_use ? id * panel_size(input) : 0);
+    Panels<T> ih = gate_shape_.packed<T>(w_ih, input);
+    if (plan.pack_at_use) ih.panel_step = 0;
+    const Panels<T> hh = gate_shape_.packed<T>(w_hh_, output);
     T* const scratch = scratch_ + id * scratch_size_;
 
     const Active active(in);
@@ -97,10 +103,10 @@ class ForwardPass {
     if (id == 0)
       for (int64_t j = 0; j < gates; ++j)
         bias[j] = (in.layer.b_ih ? in.layer.b_ih[j] : 0) + (in.layer.b_hh ? in.layer.b_hh[j] : 0);
-    if (!plan.direct) {
-      const auto [from, to] = share(panels, threads, id);
-      kernel.pack_gates(in.layer.w_ih, hidden, input, from, to, w_ih);
-      kernel.pack_gates(in.layer.w_hh, hidden, output, from, to, w_hh);
+    if (!plan.direct && !plan.pack_at_use) {
+      const auto [from, past] = share(panels, threads, id);
+      kernel.pack_gates(in.layer.w_ih, hidden, input, from, past, ih);
+      kernel.pack_gates(in.layer.w_hh, hidden, output, from, past, hh);
     }
     if (in.layer.w_hr) pack_projection(threads, id);
     all_.wait(threads);
@@ -121,13 +127,17 @@ class ForwardPass {
           Product<T> product;
           product.a = x.block(s0, n0, n1 - n0);
           product.depth = input;
-          product.b = gate_shape_.packed<T>(w_ih, input);
+          product.b = ih;
           product.c = z.block(0, n0, n1 - n0);
           product.columns = {hidden, true};
           product.start = bias;
           product.given = true;
           product.scratch = scratch;
-          kernel.product(product, 0, count * (n1 - n0), p0, p1);
+          const int64_t rows = count * (n1 - n0);
+          if (plan.pack_at_use)
+            multiply_and_pack(product, rows, p0, p1, hh);
+          else
+            kernel.product(product, 0, rows, p0, p1);
         }
         for (int64_t s = s0; s < s0 + count; ++s) {
           StepForward<T> step;
@@ -138,7 +148,7 @@ class ForwardPass {
           step.start = plan.input_in_step ? Rows<const T>{bias} : z.block(s - s0, 0, batch);
           step.x = x.block(s, 0, batch);
           step.w_ih = plan.direct ? in.layer.w_ih : Matrix<T>{w_ih};
-          step.w_hh = plan.direct ? in.layer.w_hh : Matrix<T>{w_hh};
+          step.w_hh = plan.direct ? in.layer.w_hh : Matrix<T>{w_hh_};
           step.c = in.cells ? kept_cells.block(s, 0, batch) : c_n;
           const Rows<T> raw = in.raw ? kept_raw.block(s, 0, batch) : own_raw;
           step.h = in.layer.w_hr ? raw : y.block(s, 0, batch);
@@ -191,6 +201,32 @@ class ForwardPass {
   }
 
  private:
+  // Elements of a panel of gates.
+  int64_t panel_size(int64_t depth) const { return gate_shape_.rows(depth) * gate_shape_.row; }
+
+  // The input product of `rows` rows panel by panel, W_ih packed just before and W_hh just after;
+  // meanwhile the weights come in that are packed next.
+  void multiply_and_pack(Product<T> product, int64_t rows, int64_t p0, int64_t p1,
+                         const Panels<T>& hh) const {
+    const int64_t hidden = in_.sizes.hidden, input = in_.sizes.input, output = in_.sizes.output;
+    for (int64_t p = p0; p < p1; ++p) {
+      kernel_.pack_gates(in_.layer.w_ih, hidden, input, p, p + 1, product.b);
+      Ahead ahead;
+      Ahead::Run* run = ahead.runs;
+      const auto add = [&](const Matrix<T>& w, int64_t depth, int64_t panel) {
+        const auto* data = static_cast<const char*>(w.data);
+        const int64_t row = depth * w.element_size(), first = panel * kernel_.lanes;
+        for (int64_t gate = 0; gate < kPanelVectors; ++gate)
+          *run++ = {data + (gate * hidden + first) * row, kernel_.lanes * row};
+      };
+      add(in_.layer.w_hh, output, p);
+      add(in_.layer.w_ih, input, std::min(p + 1, p1 - 1));
+      product.ahead = &ahead;
+      kernel_.product(product, 0, rows, p, p + 1);
+      kernel_.pack_gates(in_.layer.w_hh, hidden, output, p, p + 1, hh);
+    }
+  }
+
   // The panels of W_hr^T that thread `id` packs.
   void pack_projection(int threads, int id) {
     const int64_t hidden = in_.sizes.hidden;
@@ -274,7 +310,10 @@ void run_layers(const Forward<T>* given, int layers, int directions, int threads
                              int most) {
     Plan plan = plan_of(in.sizes, machine_of(kernel), most);
     // A product over time wants as many rows at every step.
-    if (in.ragged.rows) plan.input_in_step = true;
+    if (in.ragged.rows) {
+      plan.input_in_step = true;
+      plan.pack_at_use = false;
+    }
     return plan;
   };
   const Sizes& upper = given[(layers - 1) * directions].sizes;

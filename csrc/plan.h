@@ -20,7 +20,8 @@ struct Plan {
   bool across = false;      // forward, where direct: the batch across the lanes
   bool row_by_row = false;  // forward, where direct: a batch of one, one row of W at a time
   bool input_in_step =
-      false;          // forward: the input product inside the step, not a product over time
+      false;                 // forward: the input product inside the step, not a product over time
+  bool pack_at_use = false;  // forward: each panel of W_ih just before its one product over time
   int64_t block = 1;  // time steps whose input product (or dz) is held at once, and after which a
                       // layer looks at the one below
   int64_t task = 1;   // time steps of a row group that a thread takes at once; all (backward all

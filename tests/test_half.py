@@ -78,6 +78,7 @@ SIZES = {
     "ragged across the lanes": {"T": 2, "N": 15, "D": 9, "H": 17, "batch_sizes": (15, 4)},
     "projected across the lanes": {"T": 1, "N": 27, "D": 9, "H": 20, "P": 7},
     "input product over time": {"T": 7, "N": 2, "D": 1100, "H": 20},
+    "weights packed panel by panel": {"T": 9, "N": 3, "D": 300, "H": 250, "P": 40},
     "odd": {"T": 6, "N": 33, "D": 17, "H": 19},
     "whole tiles": {"T": 3, "N": 64, "D": 64, "H": 64},
     "three row tiles": {"T": 3, "N": 40, "D": 33, "H": 70},

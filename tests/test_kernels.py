@@ -54,6 +54,7 @@ SIZES = sorted(
         (40, 37, 32, 128),  # several blocks of time
         (12, 16, 40, 200),  # one tile of rows
         (2, 400, 70, 130),  # rows in parts
+        (11, 3, 350, 250),  # weights packed panel by panel
         (5, 25, 1050, 270),  # the input product over time, in passes; sums in chains
     }
 )

@@ -101,6 +101,23 @@ def test_when_floats_go_on_tiles_backward(N, H, pays):
 
 
 @pytest.mark.parametrize(
+    ("T", "N", "D", "H", "pays"),
+    [
+        (100, 1, 512, 512, True),
+        (128, 1, 512, 512, True),
+        (129, 1, 512, 512, False),  # each panel of W_ih once for each of two blocks
+        (51, 20, 650, 650, True),  # the blocks are longer where W_ih is larger
+        (52, 20, 650, 650, False),
+        (100, 1, 128, 128, False),  # W is near
+        (100, 4, 512, 512, False),  # the input product in the step
+        (4, 1, 512, 512, False),  # nothing is packed
+    ],
+)
+def test_when_weights_are_packed_panel_by_panel(isa, T, N, D, H, pays):
+    assert _core.plan(T, N, D, H, 1, 4, False)["pack_at_use"] == pays
+
+
+@pytest.mark.parametrize(
     ("T", "N", "H", "steps", "products"),
     [
         (100, 8, 128, False, True),  # of a step few rows, over time many

@@ -55,6 +55,7 @@ def test_the_sizes_reach_every_plan():
         assert tasks == {False, True}
         if not backward:
             assert {plan["input_in_step"] for _, plan in cases} == {False, True}
+            assert {plan["pack_at_use"] for _, plan in cases} == {False, True}
             assert {plan["across"] for _, plan in cases} == {False, True}
             assert {plan["row_by_row"] for _, plan in cases} == {False, True}
 

@@ -35,6 +35,19 @@ struct Panels {
   int64_t step(int64_t p) const { return p < full ? row_step : tail_row_step; }
 };
 
+// Memory to bring into L2 while tiles are multiplied, some of it with each; `run` and `place` are
+// where that has come to.
+struct Ahead {
+  struct Run {
+    const void* data;
+    int64_t bytes;
+  };
+  static constexpr int kRuns = 2 * kPanelVectors;
+  Run runs[kRuns];
+  int run = 0;
+  int64_t place = 0;  // in bytes
+};
+
 // C[m][:] = start[:] + sum_k A[m][k] B[k][:]        start: a bias row, or null for zeros
 // C[m][:] += sum_k A[m][k] B[k][:]                  with `accumulate`
 template <class T>
@@ -46,9 +59,10 @@ struct Product {
   Columns columns;
   const T* start = nullptr;
   bool accumulate = false;
-  bool given = false;  // A is x, which may be bfloat16; this and `strip` matter to tiles only
-  bool strip = false;  // A is what `transpose` wrote
-  T* scratch;          // memory of `scratch_size`
+  bool given = false;      // A is x, which may be bfloat16; this and `strip` matter to tiles only
+  bool strip = false;      // A is what `transpose` wrote
+  T* scratch;              // memory of `scratch_size`
+  Ahead* ahead = nullptr;  // what to bring in instead of the next panel of B; not for tiles
 };
 
 // One time step for rows n of the batch and units j. Row strides count elements.
@@ -117,9 +131,10 @@ struct Kernels {
   // The same for step_forward_across, of D + P.
   int64_t (*across_size)(int64_t depth);
 
-  // Panels p0 <= p < p1 of W (4H, K) as B = W^T with the gates interleaved: [p][k][gate][VL],
-  // zeros beyond H.
-  void (*pack_gates)(Matrix<T> w, int64_t hidden, int64_t depth, int64_t p0, int64_t p1, T* out);
+  // Panels p0 <= p < p1 of W (4H, K) as B = W^T with the gates interleaved, [k][gate][VL], zeros
+  // beyond H, to their place in `to`.
+  void (*pack_gates)(Matrix<T> w, int64_t hidden, int64_t depth, int64_t p0, int64_t p1,
+                     Panels<T> to);
   // Rows k0 <= k < k0 + count of B from b, columns of panels p0 <= p < p1, to their place in `to`.
   void (*pack_rows)(Rows<const T> b, int64_t k0, int64_t count, int64_t columns, int64_t p0,
                     int64_t p1, Panels<T> to);

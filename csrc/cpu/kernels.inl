@@ -116,6 +116,18 @@ FASTLSTM_INLINE const T* next_part(const T* next, int64_t row, int64_t depth) {
   return next + row / kTileRows * depth * kPrefetched<T>;
 }
 
+// The next `bytes` of what is to be brought in; at its end, what is behind it.
+FASTLSTM_INLINE const void* next_part(Ahead* ahead, int64_t bytes) {
+  while (ahead->run < Ahead::kRuns - 1 && ahead->place >= ahead->runs[ahead->run].bytes) {
+    ++ahead->run;
+    ahead->place = 0;
+  }
+  const Ahead::Run& run = ahead->runs[ahead->run];
+  const auto* part = static_cast<const char*>(run.data) + ahead->place;
+  if (ahead->place < run.bytes) ahead->place += bytes;
+  return part;
+}
+
 // ---- the tile product ---------------------------------------------------------------------------
 
 // Zeros, stored one by one: of `= {}` GCC makes a `rep stos`, which takes long to begin.
@@ -223,14 +235,14 @@ FASTLSTM_INLINE void transpose_strip(const S* from, int64_t from_step, int64_t r
 }
 
 template <class T>
-void pack_gates(Matrix<T> matrix, int64_t hidden, int64_t depth, int64_t p0, int64_t p1, T* out) {
+void pack_gates(Matrix<T> matrix, int64_t hidden, int64_t depth, int64_t p0, int64_t p1,
+                Panels<T> to) {
   constexpr int VL = lanes<T>();
-  constexpr int64_t row = kPanelVectors * VL;
   with_elements(matrix, [&](auto* w) {
     for (int64_t p = p0; p < p1; ++p)
       for (int64_t gate = 0; gate < kPanelVectors; ++gate)
         transpose_strip<T>(w + (gate * hidden + p * VL) * depth, depth, hidden - p * VL, depth,
-                           out + p * depth * row + gate * VL, row, VL);
+                           const_cast<T*>(to.at(p)) + gate * VL, to.step(p), VL);
   });
 }
 
@@ -349,7 +361,11 @@ void one_pass(const Product<T>& in, int64_t m0, int64_t m1, int64_t p0, int64_t 
                 __builtin_prefetch(c[r] + v * vector_step, 1, 3);
                 __builtin_prefetch(c[r] + v * vector_step + VL - 1, 1, 3);
               }
-            multiply<T, M, V>(a, in.depth, b, step, next_part(next, m - m0, in.depth), acc);
+            const T* ahead = next_part(next, m - m0, in.depth);
+            if (in.ahead)
+              ahead =
+                  static_cast<const T*>(next_part(in.ahead, in.depth * kPrefetched<T> * sizeof(T)));
+            multiply<T, M, V>(a, in.depth, b, step, ahead, acc);
             if (whole) {
               for (int r = 0; r < M; ++r)
                 for (int v = 0; v < V; ++v) {

@@ -468,15 +468,16 @@ FASTLSTM_INLINE void pack_tiles(const S* w, int64_t step, int64_t columns, int64
 
 template <class Numbers>
 void pack_gates_as_terms(Matrix<float> matrix, int64_t hidden, int64_t depth, int64_t p0,
-                         int64_t p1, float* out) {
+                         int64_t p1, Panels<float> to) {
   const int64_t steps = k_steps(depth);
   with_elements(matrix, [&](auto* w) {
-    for (int64_t p = p0; p < p1; ++p)
+    for (int64_t p = p0; p < p1; ++p) {
+      float* out = const_cast<float*>(to.at(p));
       for (int64_t s = 0; s < steps; ++s)
-        for (int64_t gate = 0; gate < kPanelVectors; ++gate)
+        for (int64_t gate = 0; gate < kPanelVectors; ++gate, out += kTileOf<Numbers>)
           pack_tiles<Numbers>(w + (gate * hidden + p * kSide) * depth + s * kDepthOfTile, depth,
-                              hidden - p * kSide, depth - s * kDepthOfTile,
-                              out + ((p * steps + s) * kPanelVectors + gate) * kTileOf<Numbers>);
+                              hidden - p * kSide, depth - s * kDepthOfTile, out);
+    }
   });
 }
 
