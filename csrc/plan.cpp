@@ -40,10 +40,10 @@ constexpr int64_t kInputInStep = 8;
 constexpr int64_t kFarBytes = 5 << 20;
 constexpr int64_t kFarBatch = 32;
 constexpr int64_t kFarSteps = 4;
-// Rows of one input product over time: so many that the pass over its weights pays, so few that z
-// stays near.
+// Rows of one input product over time, at least: so many that the pass over its weights pays, so
+// few that z stays near.
 constexpr int64_t kForwardBlockRows = 128;
-constexpr int64_t kFarBlockRows = 1024;
+constexpr int64_t kFarBlockRows = 512;
 // Smaller weights are as well packed all at once: with 0.8 MB (H 160) two threads lost 5 %.
 constexpr double kPackAtUseBytes = 1 << 20;
 // The same where the layer above waits for these steps.
@@ -182,7 +182,8 @@ Plan plan_forward(const Sizes& s, const Machine& m, int threads) {
   const StepWork work{double(s.output + s.input), ceil_div(s.hidden, m.lanes), 0};
   choose_grid(s, of_step, work, threads, &plan);
   const int64_t rows = far ? kFarBlockRows : kForwardBlockRows;
-  plan.block = std::clamp<int64_t>(rows / std::max<int64_t>(1, s.batch), 1, s.steps);
+  const int64_t least = rows / std::max<int64_t>(1, s.batch);
+  plan.block = ceil_div(s.steps, s.steps / std::clamp<int64_t>(least, 1, s.steps));
   // Once each, and by one thread; tiles take x as terms, better made for all panels at once.
   plan.pack_at_use = !plan.input_in_step && plan.block == s.steps && plan.row_groups == 1 &&
                      !m.tiles && column * double(s.input + s.output) > kPackAtUseBytes;

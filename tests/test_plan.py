@@ -104,10 +104,10 @@ def test_when_floats_go_on_tiles_backward(N, H, pays):
     ("T", "N", "D", "H", "pays"),
     [
         (100, 1, 512, 512, True),
-        (128, 1, 512, 512, True),
-        (129, 1, 512, 512, False),  # each panel of W_ih once for each of two blocks
-        (51, 20, 650, 650, True),  # the blocks are longer where W_ih is larger
-        (52, 20, 650, 650, False),
+        (255, 1, 512, 512, True),
+        (256, 1, 512, 512, False),  # each panel of W_ih once for each of two blocks
+        (49, 20, 650, 650, True),  # the blocks are longer where W_ih is larger
+        (50, 20, 650, 650, False),
         (100, 1, 128, 128, False),  # W is near
         (100, 4, 512, 512, False),  # the input product in the step
         (4, 1, 512, 512, False),  # nothing is packed
