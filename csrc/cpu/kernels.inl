@@ -508,6 +508,13 @@ void step_forward(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p0, 
           const T* ahead = next_part(w + next * depth * row, n - n0, depth);
           multiply<T, M, 4>(a, depth, w + p * depth * row, row, ahead, z);
         };
+        // What comes after the product comes from afar where the input product went over time; its
+        // loads cannot begin before the product ends.
+        for (int r = 0; in.start.step_n && r < M; ++r) {
+          __builtin_prefetch(in.c_prev.at(0, n + r) + unit, 0, 2);
+          for (int gate = 0; gate < 4; ++gate)
+            __builtin_prefetch(in.start.at(0, n + r) + unit + gate * H, 0, 2);
+        }
         // Many small terms first: each addition rounds as coarsely as the sum until then is large.
         add(in.h_prev, in.output, in.w_hh.full());
         for (int r = 0; r < M; ++r) {
