@@ -37,7 +37,7 @@ struct Right {
         in_place ? shape.in_place(matrix.full(), columns, memory) : shape.packed(memory, depth);
   }
   void pack(int threads, int id) const {
-    const auto [p0, p1] = share(shape.count, threads, id);
+    const auto [p0, p1] = shape.part(threads, id);
     kernel.pack_matrix(matrix, depth, columns, in_place ? std::max(p0, shape.full) : p0, p1,
                        panels);
   }
@@ -183,7 +183,7 @@ class BackwardPass {
         const int group = int(place.chain) / plan.panel_groups;
         const int member = int(place.chain) % plan.panel_groups;
         const int64_t n0 = groups_[size_t(group)], n1 = groups_[size_t(group) + 1];
-        const auto [p0, p1] = share(step_shape_.count, plan.panel_groups, member);
+        const auto [p0, p1] = step_shape_.part(plan.panel_groups, member);
         const int64_t j0 = std::min(p0 * step_shape_.width, hidden);
         const int64_t j1 = std::min(p1 * step_shape_.width, hidden);
         const bool of_dx = task >= of_steps;
@@ -264,7 +264,7 @@ class BackwardPass {
         return;
       }
       if (in.dw_ih) {
-        const auto [from, past] = share(x_shape_.count, threads, id);
+        const auto [from, past] = x_shape_.part(threads, id);
         for_blocks(
             active, s0, s1,
             [&, from = from, past = past, input = input](int64_t s, int64_t k, int64_t count) {
@@ -273,11 +273,11 @@ class BackwardPass {
             });
       }
       if (in.dw_hh) {
-        const auto [from, past] = share(h_shape_.count, threads, id);
+        const auto [from, past] = h_shape_.part(threads, id);
         pack_h(active, y, s0, s1, from, past, h_panels);
       }
       if (in.dw_hr) {
-        const auto [from, past] = share(raw_shape_.count, threads, id);
+        const auto [from, past] = raw_shape_.part(threads, id);
         for_blocks(
             active, s0, s1,
             [&, from = from, past = past, hidden = hidden](int64_t s, int64_t k, int64_t count) {
@@ -370,7 +370,7 @@ class BackwardPass {
   void sum_dh(Rows<T> dh, Rows<const T> grad_y, Rows<const T> grad_h, Rows<const T> dz, int64_t n0,
               int64_t n1, int member, T* scratch) const {
     const PanelShape& shape = w_hh_.shape;
-    const auto [from, past] = share(shape.count, plan_.panel_groups, member);
+    const auto [from, past] = shape.part(plan_.panel_groups, member);
     const int64_t j0 = std::min(from * shape.width, in_.sizes.output);
     const int64_t j1 = std::min(past * shape.width, in_.sizes.output);
     for (int64_t n = n0; n < n1; ++n)

@@ -230,7 +230,7 @@ class ForwardPass {
   // The panels of W_hr^T that thread `id` packs.
   void pack_projection(int threads, int id) {
     const int64_t hidden = in_.sizes.hidden;
-    const auto [from, past] = share(y_shape_.count, threads, id);
+    const auto [from, past] = y_shape_.part(threads, id);
     kernel_.pack_columns(in_.layer.w_hr, hidden, in_.sizes.output, from, past,
                          y_shape_.packed<T>(w_hr_, hidden));
   }

@@ -19,6 +19,7 @@ namespace fastlstm {
 
 // Panels of four vectors of columns, the last one as narrow as whole vectors allow.
 struct PanelShape {
+  int64_t columns;        // of the matrix
   int64_t width;          // columns of a full panel
   int64_t count, full;    // panels; those of full width
   int64_t row, tail_row;  // elements of a row in memory, of a full panel and of the tail
@@ -26,13 +27,21 @@ struct PanelShape {
 
   template <class T>
   PanelShape(int64_t columns, const Kernels<T>& kernel)
-      : width(kPanelVectors * kernel.lanes),
+      : columns(columns),
+        width(kPanelVectors * kernel.lanes),
         count(ceil_div(columns, width)),
         full(columns / width),
         row(kernel.panel_row),
         tail_row(ceil_div(columns % width, kernel.lanes) * (row / kPanelVectors)),
         rounded_to(kernel.panel_depth) {}
 
+  // Part `index` of `parts`, of nearly equal width: its first panel and past its last one.
+  std::pair<int64_t, int64_t> part(int64_t parts, int64_t index) const {
+    const auto cut = [&](int64_t k) {
+      return k == parts ? count : (columns * k / parts + width / 2) / width;
+    };
+    return {cut(index), cut(index + 1)};
+  }
   int64_t rows(int64_t depth) const { return ceil_div(depth, rounded_to) * rounded_to; }
   int64_t packed_size(int64_t depth) const { return rows(depth) * (full * row + tail_row); }
   template <class T>
@@ -182,7 +191,7 @@ void product_of_group(const Kernels<T>& kernel, const Plan& plan, int member, Ro
   product.columns = {columns, false};
   product.accumulate = accumulate;
   product.scratch = scratch;
-  const auto [from, past] = share(shape.count, plan.panel_groups, member);
+  const auto [from, past] = shape.part(plan.panel_groups, member);
   kernel.product(product, 0, count, from, past);
 }
 
