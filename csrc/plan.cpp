@@ -44,10 +44,10 @@ constexpr int64_t kFarSteps = 4;
 // few that z stays near.
 constexpr int64_t kForwardBlockRows = 128;
 constexpr int64_t kFarBlockRows = 512;
-// Smaller weights are as well packed all at once: with 0.8 MB (H 160) two threads lost 5 %.
-constexpr double kPackAtUseBytes = 1 << 20;
 // The same where the layer above waits for these steps.
 constexpr int64_t kWaveBlockRows = 16;
+// Smaller weights are as well packed all at once: with 0.8 MB (H 160) two threads lost 5 %.
+constexpr double kPackAtUseBytes = 1 << 20;
 // Floats go on tiles, which take so many rows and so many columns of W each, where these are mostly
 // there: from two tiles of rows on, unless W as terms (of 6 bytes each) stays near. With fewer
 // units or cells two threads would lose.
