@@ -428,9 +428,8 @@ py::object infer(py::handle x, py::handle state, py::handle weights, int64_t D, 
   }
   run_layers(input, call.h0, call.c0, std::move(call.weights), y, h_n, c_n, batch_sizes,
              int(layers), int(directions), threads);
-  py::tuple last = py::make_tuple(results[1], results[2]);
-  if (dims == 2) return std::move(last);
-  return py::make_tuple(results[0], last);
+  const py::object last = py::make_tuple(results[1], results[2]);
+  return dims == 2 ? last : py::make_tuple(results[0], last);
 }
 
 std::string described(const Array& array) {

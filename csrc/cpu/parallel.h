@@ -210,10 +210,10 @@ class Shares {
 
  private:
   struct alignas(8) Items {
-    int32_t from = 0, past = 0;
+    int32_t from, past;
   };
   struct alignas(64) Share {
-    std::atomic<Items> items{Items{}};
+    std::atomic<Items> items{Items{0, 0}};
   };
   std::vector<Share> shares_;
 };
