@@ -17,7 +17,21 @@ namespace {
 template <int I>
 struct Int {
   static constexpr int value = I;
+  constexpr operator int() const { return I; }
 };
+
+// f(Int<0>()), ..., f(Int<N - 1>()): a loop without a loop. An array of vectors whose indices are
+// all such constants is kept in registers by every compiler. One that loops go through is stored in
+// every round by GCC before 12, by GCC for Arm and by Clang: a product then takes 2.5 times as
+// long.
+template <class F, int... I>
+FASTLSTM_INLINE void unrolled(F&& f, Lanes<I...>) {
+  (f(Int<I>()), ...);
+}
+template <int N, class F>
+FASTLSTM_INLINE void unrolled(F&& f) {
+  unrolled(f, typename CountLanes<N>::type());
+}
 
 // f(Int<n>()) for 1 <= n <= Most.
 template <int Most, class F>
@@ -130,77 +144,77 @@ FASTLSTM_INLINE const void* next_part(Ahead* ahead, int64_t bytes) {
 
 // ---- the tile product ---------------------------------------------------------------------------
 
-// Zeros, stored one by one: of `= {}` GCC makes a `rep stos`, which takes long to begin.
+// f(Int<m>(), Int<n>()) for all sums of a tile.
+template <int M, int N, class F>
+FASTLSTM_INLINE void for_sums(F&& f) {
+  unrolled<M>([&](auto m) FASTLSTM_INLINE_LAMBDA {
+    unrolled<N>([&](auto n) FASTLSTM_INLINE_LAMBDA { f(m, n); });
+  });
+}
 template <class V, int M, int N>
 FASTLSTM_INLINE void clear(V (&sums)[M][N]) {
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) sums[m][n] = V{};
+  for_sums<M, N>([&](auto m, auto n) FASTLSTM_INLINE_LAMBDA { sums[m][n] = V{}; });
+}
+template <class V, int M, int N>
+FASTLSTM_INLINE void copy(const V (&from)[M][N], V (&to)[M][N]) {
+  for_sums<M, N>([&](auto m, auto n) FASTLSTM_INLINE_LAMBDA { to[m][n] = from[m][n]; });
 }
 
 // Most terms of a product that one chain of additions takes, up to whole rounds of the loop. Longer
 // chains round worse: at 384 more cases pass nn.LSTM's error and 1e-6. A cut costs some 50 cycles.
 constexpr int64_t kChain = 320;
 
-// acc[m][v] += sum_k a[m][k] * b[k * step + v * VL ...]: in chains of nearly equal length,
-// each in the order of k, and their sums added in order.
+// sums[m][v] += sum_k a[m][k] * b[k * step + v * VL ...] in the order of k.
 // The broadcasts are held and the panel's vectors come one at a time: that order fits the register
-// file exactly; the other one spills. Out of line the loop would store a sum after each addition,
-// and take up to 2.5 times as long. `ahead` is memory to bring into L2 alongside, half a cache line
-// for each k: see next_part.
+// file exactly; the other one spills. `ahead` is memory to bring into L2 alongside, half a cache
+// line for each k: see next_part.
 template <class T, int M, int V>
-FASTLSTM_INLINE void add_product(const T* const (&a)[M], int64_t depth, const T* b, int64_t step,
-                                 const T* ahead, Vec<T> (&acc)[M][V]) {
-  const auto chain = [&](int64_t from, int64_t count) FASTLSTM_INLINE_LAMBDA {
-    const T* right = b + from * step;
-    const T* later = ahead + from * kPrefetched<T>;
-    const T* left[M];
-    for (int m = 0; m < M; ++m) left[m] = a[m] + from;
+FASTLSTM_INLINE void add_chain(const T* const (&a)[M], int64_t depth, const T* b, int64_t step,
+                               const T* ahead, Vec<T> (&sums)[M][V]) {
 #pragma GCC unroll 4
-    for (int64_t k = 0; k < count; ++k) {
-      if (M > 1 && k % 2 == 0) __builtin_prefetch(later + k * kPrefetched<T>, 0, 2);
-      Vec<T> row[M];
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) row[m] = broadcast(left[m][k]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) {
-        const Vec<T> column = load(right + k * step + v * lanes<T>());
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) acc[m][v] = fma(row[m], column, acc[m][v]);
-      }
-    }
-  };
-  if (depth <= kChain) return chain(0, depth);
-  Vec<T> total[M][V];
-  clear(total);
+  for (int64_t k = 0; k < depth; ++k) {
+    if (M > 1 && k % 2 == 0) __builtin_prefetch(ahead + k * kPrefetched<T>, 0, 2);
+    Vec<T> row[M];
+    unrolled<M>([&](auto m) FASTLSTM_INLINE_LAMBDA { row[m] = broadcast(a[m][k]); });
+    unrolled<V>([&](auto v) FASTLSTM_INLINE_LAMBDA {
+      const Vec<T> column = load(b + k * step + v * lanes<T>());
+      unrolled<M>([&](auto m)
+                      FASTLSTM_INLINE_LAMBDA { sums[m][v] = fma(row[m], column, sums[m][v]); });
+#if defined(__clang__) && defined(__AVX2__) && !defined(__AVX512F__)
+      __asm__("" : "+x"(sums[M - 1][v]), "+r"(b));  // it would load the columns ahead, and spill
+#endif
+    });
+  }
+}
+
+// The same in chains of nearly equal length, whose sums are added in order.
+template <class T, int M, int V>
+__attribute__((noinline)) void add_chains(const T* const (&a)[M], int64_t depth, const T* b,
+                                          int64_t step, const T* ahead, Vec<T> (&total)[M][V]) {
   const int64_t chains = (depth + kChain - 1) / kChain;
   const int64_t length = (depth / chains + 4) / 4 * 4;  // whole rounds of the loop above
+  Vec<T> sums[M][V];
+  copy(total, sums);
   for (int64_t from = 0; from < depth; from += length) {
-    chain(from, depth - from < length ? depth - from : length);
-    for (int m = 0; m < M; ++m)
-      for (int v = 0; v < V; ++v) {
-        total[m][v] += acc[m][v];
-        acc[m][v] = Vec<T>{};
-      }
+    const T* left[M];
+    unrolled<M>([&](auto m) FASTLSTM_INLINE_LAMBDA { left[m] = a[m] + from; });
+    add_chain<T>(left, depth - from < length ? depth - from : length, b + from * step, step,
+                 ahead + from * kPrefetched<T>, sums);
+    for_sums<M, V>([&](auto m, auto v) FASTLSTM_INLINE_LAMBDA {
+      total[m][v] = from ? total[m][v] + sums[m][v] : sums[m][v];
+      sums[m][v] = Vec<T>{};
+    });
   }
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < V; ++v) acc[m][v] = total[m][v];
 }
 
 template <class T, int M, int V>
 FASTLSTM_INLINE void multiply(const T* const (&a)[M], int64_t depth, const T* b, int64_t step,
-                              const T* ahead, Vec<T> (&acc)[M][V]) {
-#ifdef __clang__  // it stores all sums that have an address after each addition
-  Vec<T> sums[M][V];
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < V; ++v) sums[m][v] = acc[m][v];
-  add_product<T>(a, depth, b, step, ahead, sums);
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < V; ++v) acc[m][v] = sums[m][v];
-#else
-  add_product<T>(a, depth, b, step, ahead, acc);
-#endif
+                              const T* ahead, Vec<T> (&sums)[M][V]) {
+  if (depth <= kChain) return add_chain<T>(a, depth, b, step, ahead, sums);
+  Vec<T> total[M][V];  // a copy, since what another function takes is no longer in registers
+  copy(sums, total);
+  add_chains<T>(a, depth, b, step, ahead, total);
+  copy(total, sums);
 }
 
 // ---- pack and transpose -------------------------------------------------------------------------
@@ -344,16 +358,16 @@ void one_pass(const Product<T>& in, int64_t m0, int64_t m1, int64_t p0, int64_t 
             constexpr int M = decltype(rows)::value;
             const T* a[M];
             T* c[M];
-            Vec<T> acc[M][V];
+            Vec<T> sums[M][V];
             for (int r = 0; r < M; ++r) {
               a[r] = in.a.row(m + r);
               c[r] = in.c.row(m + r) + first;
             }
-            for (int v = 0; v < V; ++v) {
+            unrolled<V>([&](auto v) FASTLSTM_INLINE_LAMBDA {
               Vec<T> start{};
               if (in.start) start = load(in.start + first + v * vector_step, width[v]);
-              for (int r = 0; r < M; ++r) acc[r][v] = start;
-            }
+              unrolled<M>([&](auto r) FASTLSTM_INLINE_LAMBDA { sums[r][v] = start; });
+            });
             // C comes from afar; ask for it before it is needed. A vector may lie in two cache
             // lines.
             for (int r = 0; r < M; ++r)
@@ -365,20 +379,14 @@ void one_pass(const Product<T>& in, int64_t m0, int64_t m1, int64_t p0, int64_t 
             if (in.ahead)
               ahead =
                   static_cast<const T*>(next_part(in.ahead, in.depth * kPrefetched<T> * sizeof(T)));
-            multiply<T, M, V>(a, in.depth, b, step, ahead, acc);
-            if (whole) {
-              for (int r = 0; r < M; ++r)
-                for (int v = 0; v < V; ++v) {
-                  T* to = c[r] + v * vector_step;
-                  store(to, in.accumulate ? acc[r][v] + load(to) : acc[r][v]);
-                }
-            } else {
-              for (int r = 0; r < M; ++r)
-                for (int v = 0; v < V; ++v) {
-                  T* to = c[r] + v * vector_step;
-                  store(to, in.accumulate ? acc[r][v] + load(to, width[v]) : acc[r][v], width[v]);
-                }
-            }
+            multiply<T, M, V>(a, in.depth, b, step, ahead, sums);
+            for_sums<M, V>([&](auto r, auto v) FASTLSTM_INLINE_LAMBDA {
+              T* to = c[r] + v * vector_step;
+              if (whole)
+                store(to, in.accumulate ? sums[r][v] + load(to) : sums[r][v]);
+              else
+                store(to, in.accumulate ? sums[r][v] + load(to, width[v]) : sums[r][v], width[v]);
+            });
           });
         });
   }
@@ -500,13 +508,13 @@ void step_forward(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p0, 
     with_lanes<T>(H - unit, [&](auto part) {
       for_tiles(n0, n1, [&](int64_t n, auto rows) {
         constexpr int M = decltype(rows)::value;
-        Vec<T> z[M][4];
-        clear(z);
+        Vec<T> sums[M][4], z[M][4];
+        clear(sums);
         const auto add = [&](Rows<const T> from, int64_t depth, const T* w) FASTLSTM_INLINE_LAMBDA {
           const T* a[M];
           for (int r = 0; r < M; ++r) a[r] = from.at(0, n + r);
           const T* ahead = next_part(w + next * depth * row, n - n0, depth);
-          multiply<T, M, 4>(a, depth, w + p * depth * row, row, ahead, z);
+          multiply<T, M, 4>(a, depth, w + p * depth * row, row, ahead, sums);
         };
         // What comes after the product comes from afar where the input product went over time; its
         // loads cannot begin before the product ends.
@@ -517,11 +525,11 @@ void step_forward(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p0, 
         }
         // Many small terms first: each addition rounds as coarsely as the sum until then is large.
         add(in.h_prev, in.output, in.w_hh.full());
-        for (int r = 0; r < M; ++r) {
-          const T* start = in.start.at(0, n + r) + unit;
-          for (int gate = 0; gate < 4; ++gate) z[r][gate] += part.get(start + gate * H);
-        }
+        for_sums<M, 4>([&](auto r, auto gate) FASTLSTM_INLINE_LAMBDA {
+          sums[r][gate] += part.get(in.start.at(0, n + r) + unit + gate * H);
+        });
         add(in.x, in.input, in.w_ih.full());
+        copy(sums, z);
         for (int r = 0; r < M; ++r) cells_forward<T, 1>(in, n + r, unit, z + r, part);
       });
     });
@@ -534,23 +542,27 @@ template <class T, class S, int C, int R, int M>
 FASTLSTM_INLINE void dot_rows(const T* const (&a)[M], int64_t depth, const S* w,
                               Vec<T> (&total)[C][R][M]) {
   constexpr int VL = lanes<T>(), kRound = 4;
-  const auto add = [&](int64_t k, int chain, auto part) {
+  const auto add = [&](int64_t k, auto chain, auto part) FASTLSTM_INLINE_LAMBDA {
     Vec<T> row[M];
-    for (int m = 0; m < M; ++m) row[m] = part.get(a[m] + k);
-    for (int r = 0; r < R; ++r) {
+    unrolled<M>([&](auto m) FASTLSTM_INLINE_LAMBDA { row[m] = part.get(a[m] + k); });
+    unrolled<R>([&](auto r) FASTLSTM_INLINE_LAMBDA {
       const Vec<T> column = part.get(w + r * depth + k);
-      for (int m = 0; m < M; ++m) total[chain][r][m] = fma(row[m], column, total[chain][r][m]);
-    }
+      unrolled<M>([&](auto m) FASTLSTM_INLINE_LAMBDA {
+        total[chain][r][m] = fma(row[m], column, total[chain][r][m]);
+      });
+    });
   };
   int64_t k = 0;
   // Few rows of x: reading the weights takes longest. Fewer rounds of the loop.
   if constexpr (M <= 2)
     for (; k + kRound * VL <= depth; k += kRound * VL) {
 #pragma GCC unroll 4
-      for (int u = 0; u < kRound; ++u) add(k + u * VL, u % C, AllLanes());
+      for (int u = 0; u < kRound; u += C)
+        unrolled<C>([&](auto chain)
+                        FASTLSTM_INLINE_LAMBDA { add(k + (u + chain) * VL, chain, AllLanes()); });
     }
-  for (; k + VL <= depth; k += VL) add(k, 0, AllLanes());
-  if (k < depth) add(k, 0, FirstLanes{depth - k});
+  for (; k + VL <= depth; k += VL) add(k, Int<0>(), AllLanes());
+  if (k < depth) add(k, Int<0>(), FirstLanes{depth - k});
 }
 
 // z[m] = the products + start of one gate for the units from `unit` on, of which `width` are there.
@@ -564,15 +576,16 @@ FASTLSTM_INLINE void dot_units(const StepForward<T>& in, const S* w_ih, const S*
   Vec<T> sums[M][VL];
   const auto add = [&](auto count, int64_t l) {
     constexpr int N = decltype(count)::value;
-    Vec<T> total[C][N][M] = {};
+    Vec<T> total[C][N][M];
+    unrolled<C>([&](auto c) FASTLSTM_INLINE_LAMBDA { clear(total[c]); });
     const int64_t row = gate * in.hidden + unit + l;
     dot_rows<T>(x, in.input, w_ih + row * in.input, total);
     dot_rows<T>(h, in.output, w_hh + row * in.output, total);
-    for (int r = 0; r < N; ++r)
-      for (int m = 0; m < M; ++m) {
-        sums[m][l + r] = total[0][r][m];
-        for (int c = 1; c < C; ++c) sums[m][l + r] += total[c][r][m];
-      }
+    for_sums<N, M>([&](auto r, auto m) FASTLSTM_INLINE_LAMBDA {
+      Vec<T> sum = total[0][r][m];
+      unrolled<C - 1>([&](auto c) FASTLSTM_INLINE_LAMBDA { sum += total[c + 1][r][m]; });
+      sums[m][l + r] = sum;
+    });
   };
   int64_t l = 0;
   for (; l + R <= width; l += R) add(Int<R>(), l);
@@ -654,7 +667,8 @@ int64_t across_size(int64_t depth) {
 
 // A row of w, widened to `buffer` where its elements are halves.
 template <class T>
-FASTLSTM_INLINE const T* full_row(const Matrix<T>& w, int64_t row, int64_t depth, T* buffer) {
+FASTLSTM_INLINE const T* full_row(const Matrix<T>& w, int64_t row, int64_t depth,
+                                  [[maybe_unused]] T* buffer) {
   if constexpr (sizeof(T) == sizeof(float))
     if (w.element != Element::full) {
       widen<T>(static_cast<const Float16*>(w.data) + row * depth, w.element, depth, buffer);
@@ -694,8 +708,8 @@ void across(const StepForward<T>& in, int64_t n, int64_t count, int64_t p0, int6
     const auto some = [&](auto many, int64_t u) FASTLSTM_INLINE_LAMBDA {
       constexpr int R = decltype(many)::value, M = 4 * R;
       const auto row_of = [&](int gate, int64_t unit) { return gate * H + first + unit; };
-      Vec<T> z[M][V];
-      clear(z);
+      Vec<T> sums[M][V], z[M][V];
+      clear(sums);
       const auto add = [&](const Matrix<T>& w, int64_t depth, const T* b) FASTLSTM_INLINE_LAMBDA {
         const T* a[M];
         for (int m = 0; m < M; ++m)
@@ -703,12 +717,14 @@ void across(const StepForward<T>& in, int64_t n, int64_t count, int64_t p0, int6
         // In four turns, about the next rows of one gate each.
         const int64_t later = row_of(int(u / R % 4), (u / M + 1) * M) * depth * w.element_size();
         const auto* ahead = static_cast<const char*>(w.data) + later;
-        multiply<T, M, V>(a, depth, b, row, reinterpret_cast<const T*>(ahead), z);
+        multiply<T, M, V>(a, depth, b, row, reinterpret_cast<const T*>(ahead), sums);
       };
       add(in.w_hh, in.output, h);
-      for (int m = 0; m < M; ++m)
-        for (int v = 0; v < V; ++v) z[m][v] += broadcast(in.start.data[row_of(m / R, u + m % R)]);
+      for_sums<M, V>([&](auto m, auto v) FASTLSTM_INLINE_LAMBDA {
+        sums[m][v] += broadcast(in.start.data[row_of(m / R, u + m % R)]);
+      });
       add(in.w_ih, in.input, x);
+      copy(sums, z);
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) {
           const Vec<T> one[1][4] = {{z[r][v], z[R + r][v], z[2 * R + r][v], z[3 * R + r][v]}};
@@ -788,8 +804,8 @@ void step_backward(const StepBackward<T>& in, int64_t n0, int64_t n1, int64_t p0
       with_lanes<T>(H - first - (V - 1) * VL, [&](auto last) {
         for_tiles(n0, n1, [&](int64_t n, auto rows) {
           constexpr int M = decltype(rows)::value;
-          Vec<T> dh[M][V];
-          clear(dh);
+          Vec<T> sums[M][V], dh[M][V];
+          clear(sums);
           const auto add = [&](Rows<const T> grad) {
             for (int r = 0; r < M; ++r) {
               const T* from = grad.at(0, n + r) + first;
@@ -813,8 +829,9 @@ void step_backward(const StepBackward<T>& in, int64_t n0, int64_t n1, int64_t p0
             const T* a[M];
             for (int r = 0; r < M; ++r) a[r] = in.next.at(0, n + r);
             multiply<T, M, V>(a, in.depth, in.w.at(p), in.w.step(p),
-                              next_part(in.w.at(next), n - n0, in.depth), dh);
+                              next_part(in.w.at(next), n - n0, in.depth), sums);
           }
+          copy(sums, dh);
           if (in.grad_y.data) add(in.grad_y);
           if (in.grad_h.data) add(in.grad_h);
           for (int r = 0; r < M; ++r) {

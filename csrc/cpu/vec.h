@@ -12,7 +12,7 @@ constexpr int kVectorBytes = 32;
 constexpr int kTileRows = 3;  // 3 x 4 + 3 + 1 of 16 registers
 #elif defined(__aarch64__)
 constexpr int kVectorBytes = 16;
-constexpr int kTileRows = 6;
+constexpr int kTileRows = 5;  // 5 x 4 + 5 + 4: loads come in pairs, before the sums
 #else
 constexpr int kVectorBytes = 16;
 constexpr int kTileRows = 2;  // 2 x 4 + 2 + products of 16 registers
