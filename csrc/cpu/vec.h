@@ -23,12 +23,14 @@ struct VectorOf;
 template <>
 struct VectorOf<float> {
   typedef float Vector __attribute__((vector_size(kVectorBytes)));
+  typedef float InMemory __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));
   typedef int32_t Bits __attribute__((vector_size(kVectorBytes)));
   typedef int32_t Int;
 };
 template <>
 struct VectorOf<double> {
   typedef double Vector __attribute__((vector_size(kVectorBytes)));
+  typedef double InMemory __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));
   typedef int64_t Bits __attribute__((vector_size(kVectorBytes)));
   typedef int64_t Int;
 };
@@ -47,13 +49,11 @@ constexpr int lanes() {
 
 template <class T>
 FASTLSTM_INLINE Vec<T> load(const T* p) {
-  Vec<T> v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
+  return *reinterpret_cast<const typename VectorOf<T>::InMemory*>(p);
 }
 template <class T>
 FASTLSTM_INLINE void store(T* p, Vec<T> v) {
-  __builtin_memcpy(p, &v, sizeof v);
+  *reinterpret_cast<typename VectorOf<T>::InMemory*>(p) = v;
 }
 template <class T>
 FASTLSTM_INLINE Vec<T> broadcast(T s) {
