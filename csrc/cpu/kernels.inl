@@ -420,13 +420,18 @@ void outer(Rows<const T> a, Rows<const T> b, int64_t count, int64_t columns, int
   for (int64_t m = m0; m < m1; ++m) {
     const auto add = [&](auto vectors, int64_t j, auto part) {
       constexpr int W = decltype(vectors)::value;
-      Vec<T> sum[W] = {};
+      Vec<T> sums[1][W];
+      clear(sums);
       for (int64_t k = 0; k < count; ++k) {
         const Vec<T> left = broadcast(a.at(0, k)[m]);
         const T* right = b.at(0, k) + j;
-        for (int v = 0; v < W; ++v) sum[v] = fma(left, part.get(right + v * VL), sum[v]);
+        for_sums<1, W>([&](auto r, auto v) FASTLSTM_INLINE_LAMBDA {
+          sums[r][v] = fma(left, part.get(right + v * VL), sums[r][v]);
+        });
       }
-      for (int v = 0; v < W; ++v) part.put(out + m * columns + j + v * VL, sum[v]);
+      for_sums<1, W>([&](auto r, auto v) FASTLSTM_INLINE_LAMBDA {
+        part.put(out + m * columns + j + v * VL, sums[r][v]);
+      });
     };
     int64_t j = 0;
     for (; j + V * VL <= columns; j += V * VL) add(Int<V>(), j, AllLanes());
@@ -863,14 +868,11 @@ double fma_loop(int64_t count) {
   constexpr int kChains = 12;  // two units, latency 4 to 5, and registers to spare on every ISA
   volatile T half = T(0.5);    // unknown to the compiler, so the loop stays
   const Vec<T> a = broadcast(T(half)), b = broadcast(T(half));
-  Vec<T> acc[kChains];
-  for (int c = 0; c < kChains; ++c) acc[c] = broadcast(T(c));
-  for (int64_t k = 0; k < count; ++k) {
-#pragma GCC unroll 16
-    for (int c = 0; c < kChains; ++c) acc[c] = fma(acc[c], a, b);
-  }
-  Vec<T> total{};
-  for (int c = 0; c < kChains; ++c) total += acc[c];
+  Vec<T> sums[kChains], total{};
+  unrolled<kChains>([&](auto c) FASTLSTM_INLINE_LAMBDA { sums[c] = broadcast(T(c)); });
+  for (int64_t k = 0; k < count; ++k)
+    unrolled<kChains>([&](auto c) FASTLSTM_INLINE_LAMBDA { sums[c] = fma(sums[c], a, b); });
+  unrolled<kChains>([&](auto c) FASTLSTM_INLINE_LAMBDA { total += sums[c]; });
   volatile T kept = sum<T>(total);
   (void)kept;
   return 2.0 * kChains * lanes<T>() * double(count);
