@@ -39,6 +39,7 @@ class ForwardPass {
         gate_shape_(4 * ceil_div(in.sizes.hidden, kernel.lanes) * kernel.lanes, kernel),
         y_shape_(in.layer.w_hr ? in.sizes.output : 0, kernel),
         first_step_(plan.direct && !plan.across && odd_step(in.layer.w_hh.data, in.sizes.steps)),
+        skip_zeros_(!in.h0 && !plan.direct),
         groups_(Active(in).groups(plan.row_groups)),
         chains_(plan.threads()),
         row_group_(size_t(plan.row_groups)) {
@@ -106,7 +107,7 @@ class ForwardPass {
     if (!plan.direct && !plan.pack_at_use) {
       const auto [from, past] = share(panels, threads, id);
       kernel.pack_gates(in.layer.w_ih, hidden, input, from, past, ih);
-      kernel.pack_gates(in.layer.w_hh, hidden, output, from, past, hh);
+      pack_hh(from, past, hh);
     }
     if (in.layer.w_hr) pack_projection(threads, id);
     all_.wait(threads);
@@ -170,6 +171,7 @@ class ForwardPass {
           if (going < all && n0 < all && going < n1) {
             step.h_prev = state_.h0();
             step.c_prev = state_.c0();
+            if (skip_zeros_) step.output = 0;
             run(step, std::max(n0, going), std::min(n1, all), p0, p1);
           }
           row_group_[size_t(group)].wait(plan.panel_groups);
@@ -207,7 +209,7 @@ class ForwardPass {
   // The input product of `rows` rows panel by panel, W_ih packed just before and W_hh just after;
   // meanwhile the weights come in that are packed next.
   void multiply_and_pack(Product<T> product, int64_t rows, int64_t p0, int64_t p1,
-                         const Panels<T>& hh) const {
+                         const Panels<T>& hh) {
     const int64_t hidden = in_.sizes.hidden, input = in_.sizes.input, output = in_.sizes.output;
     for (int64_t p = p0; p < p1; ++p) {
       kernel_.pack_gates(in_.layer.w_ih, hidden, input, p, p + 1, product.b);
@@ -223,8 +225,13 @@ class ForwardPass {
       add(in_.layer.w_ih, input, std::min(p + 1, p1 - 1));
       product.ahead = &ahead;
       kernel_.product(product, 0, rows, p, p + 1);
-      kernel_.pack_gates(in_.layer.w_hh, hidden, output, p, p + 1, hh);
+      pack_hh(p, p + 1, hh);
     }
+  }
+
+  void pack_hh(int64_t p0, int64_t p1, const Panels<T>& to) {
+    const auto [steps, batch, input, hidden, output] = in_.sizes;
+    if (!kernel_.pack_gates(in_.layer.w_hh, hidden, output, p0, p1, to)) skip_zeros_ = false;
   }
 
   // The panels of W_hr^T that thread `id` packs.
@@ -252,6 +259,9 @@ class ForwardPass {
   bool own_z_;
   T *bias_, *w_ih_, *w_hh_, *z_, *w_hr_, *raw_, *scratch_;
   const int64_t first_step_;
+  // An initial state of zeros is not multiplied by W_hh, unless an infinite weight or a NaN in it
+  // would make that a NaN.
+  std::atomic<bool> skip_zeros_;
   const std::vector<int64_t> groups_;  // of rows: the first of each, and past the last
   Chains chains_;                      // of each thread's rows and panels
   Barrier all_;

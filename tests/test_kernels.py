@@ -140,15 +140,29 @@ def test_one_gradient_alone(isa, dtype, which):
         assert_all_same_bits(named_gradients(again), named_gradients(grads))
 
 
-def test_state_none_means_zeros(isa, dtype):
-    p = make_problem(4, 3, 2, 5, dtype)
+@pytest.mark.parametrize("weight", [None, np.nan, np.inf])
+@pytest.mark.parametrize("sizes", [(4, 3, 2, 5), (7, 3, 5, 17), (9, 20, 5, 37), (11, 3, 350, 250)])
+def test_state_none_means_zeros(isa, dtype, sizes, weight):
+    """Nothing is multiplied by such a state, but where 0 * weight_hh is NaN."""
+    p = make_problem(*sizes, dtype)
     p.h0[...] = 0
     p.c0[...] = 0
-    expected = run_kernels(p)
-    y, (h_n, c_n), tape = fastlstm.lstm_forward(*p.forward_args, need_tape=True)
-    grads = fastlstm.lstm_backward(tape, p.grad_y, p.grad_state)
-    for name, a in {"y": y, "h_n": h_n, "c_n": c_n, **named_gradients(grads)}.items():
-        assert_same_bits(a, expected[name], name)
+    if weight is not None:
+        p.weight_hh[-1, 3] = weight
+    for reverse in (False, True):
+        for threads in THREADS:
+            fastlstm.set_num_threads(threads)
+            expected = run_kernels(p, reverse=reverse)
+            assert np.isnan(expected["y"][-1 if reverse else 0]).any() == (weight is not None)
+            y, (h_n, c_n) = fastlstm.lstm_forward(*p.forward_args, reverse=reverse)
+            for name, a in {"y": y, "h_n": h_n, "c_n": c_n}.items():
+                assert_same_bits(a, expected[name], name)
+            y, (h_n, c_n), tape = fastlstm.lstm_forward(
+                *p.forward_args, reverse=reverse, need_tape=True
+            )
+            grads = fastlstm.lstm_backward(tape, p.grad_y, p.grad_state)
+            for name, a in {"y": y, "h_n": h_n, "c_n": c_n, **named_gradients(grads)}.items():
+                assert_same_bits(a, expected[name], name)
 
 
 @pytest.mark.parametrize("present", ["bias_ih", "bias_hh"])

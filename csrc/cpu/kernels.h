@@ -132,8 +132,8 @@ struct Kernels {
   int64_t (*across_size)(int64_t depth);
 
   // Panels p0 <= p < p1 of W (4H, K) as B = W^T with the gates interleaved, [k][gate][VL], zeros
-  // beyond H, to their place in `to`.
-  void (*pack_gates)(Matrix<T> w, int64_t hidden, int64_t depth, int64_t p0, int64_t p1,
+  // beyond H, to their place in `to`. True where all of them are known to be finite.
+  bool (*pack_gates)(Matrix<T> w, int64_t hidden, int64_t depth, int64_t p0, int64_t p1,
                      Panels<T> to);
   // Rows k0 <= k < k0 + count of B from b, columns of panels p0 <= p < p1, to their place in `to`.
   void (*pack_rows)(Rows<const T> b, int64_t k0, int64_t count, int64_t columns, int64_t p0,

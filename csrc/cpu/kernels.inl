@@ -219,12 +219,20 @@ FASTLSTM_INLINE void multiply(const T* const (&a)[M], int64_t depth, const T* b,
 
 // ---- pack and transpose -------------------------------------------------------------------------
 
+template <class V>
+bool any(V bits) {
+  for (unsigned lane = 0; lane < sizeof bits / sizeof bits[0]; ++lane)
+    if (bits[lane]) return true;
+  return false;
+}
+
 // to[c * to_step + r] = from[r * from_step + c] for r < rows, c < columns; zeros for rows <= r <
-// VL.
+// VL. Bits are set in what it returns where a number is infinite or NaN.
 template <class T, class S, class To>
-FASTLSTM_INLINE void transpose_strip(const S* from, int64_t from_step, int64_t rows,
-                                     int64_t columns, To* to, int64_t to_step, int64_t width) {
+FASTLSTM_INLINE Bits<T> transpose_strip(const S* from, int64_t from_step, int64_t rows,
+                                        int64_t columns, To* to, int64_t to_step, int64_t width) {
   constexpr int VL = lanes<T>();
+  Bits<T> found = {};
   for (int64_t c = 0; c < columns; c += VL) {
     const int64_t count = columns - c < VL ? columns - c : VL;
     Vec<T> block[VL];
@@ -235,6 +243,7 @@ FASTLSTM_INLINE void transpose_strip(const S* from, int64_t from_step, int64_t r
       else
         block[r] =
             count == VL ? load(from + r * from_step + c) : load(from + r * from_step + c, count);
+      found |= (Bits<T>)(block[r] - block[r]);
     }
     transpose_block<T>(block);
 #pragma GCC unroll 16
@@ -246,18 +255,21 @@ FASTLSTM_INLINE void transpose_strip(const S* from, int64_t from_step, int64_t r
           store(to + (c + l) * to_step, block[l], width);
       }
   }
+  return found;
 }
 
 template <class T>
-void pack_gates(Matrix<T> matrix, int64_t hidden, int64_t depth, int64_t p0, int64_t p1,
+bool pack_gates(Matrix<T> matrix, int64_t hidden, int64_t depth, int64_t p0, int64_t p1,
                 Panels<T> to) {
   constexpr int VL = lanes<T>();
+  Bits<T> found = {};
   with_elements(matrix, [&](auto* w) {
     for (int64_t p = p0; p < p1; ++p)
       for (int64_t gate = 0; gate < kPanelVectors; ++gate)
-        transpose_strip<T>(w + (gate * hidden + p * VL) * depth, depth, hidden - p * VL, depth,
-                           const_cast<T*>(to.at(p)) + gate * VL, to.step(p), VL);
+        found |= transpose_strip<T>(w + (gate * hidden + p * VL) * depth, depth, hidden - p * VL,
+                                    depth, const_cast<T*>(to.at(p)) + gate * VL, to.step(p), VL);
   });
+  return !any(found);
 }
 
 template <class T, class S>
@@ -887,9 +899,7 @@ bool has_nan(const T* x, int64_t count) {
   int64_t i = 0;
   for (; i + VL <= count; i += VL) look(load(x + i));
   if (i < count) look(load(x + i, count - i));
-  for (int lane = 0; lane < VL; ++lane)
-    if (found[lane]) return true;
-  return false;
+  return any(found);
 }
 
 template <class T>

@@ -467,7 +467,7 @@ FASTLSTM_INLINE void pack_tiles(const S* w, int64_t step, int64_t columns, int64
 }
 
 template <class Numbers>
-void pack_gates_as_terms(Matrix<float> matrix, int64_t hidden, int64_t depth, int64_t p0,
+bool pack_gates_as_terms(Matrix<float> matrix, int64_t hidden, int64_t depth, int64_t p0,
                          int64_t p1, Panels<float> to) {
   const int64_t steps = k_steps(depth);
   with_elements(matrix, [&](auto* w) {
@@ -479,6 +479,7 @@ void pack_gates_as_terms(Matrix<float> matrix, int64_t hidden, int64_t depth, in
                               hidden - p * kSide, depth - s * kDepthOfTile, out);
     }
   });
+  return false;
 }
 
 // The vectors of a panel, whose rows take half a float for each column and term.
