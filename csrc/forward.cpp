@@ -36,7 +36,8 @@ class ForwardPass {
         plan_(plan),
         kernel_(kernel),
         state_(in.h0, in.c0, in.sizes, workspace),
-        gate_shape_(4 * ceil_div(in.sizes.hidden, kernel.lanes) * kernel.lanes, kernel),
+        ih_shape_(panels_of_gates(in.sizes, kernel, plan.input_in_step)),
+        hh_shape_(panels_of_gates(in.sizes, kernel, true)),
         y_shape_(in.layer.w_hr ? in.sizes.output : 0, kernel),
         first_step_(plan.direct && !plan.across && odd_step(in.layer.w_hh.data, in.sizes.steps)),
         skip_zeros_(!in.h0 && !plan.direct),
@@ -47,8 +48,8 @@ class ForwardPass {
     bias_place_ = workspace->reserve<T>(4 * hidden);
     ih_place_ = workspace->reserve<T>(plan.direct        ? 0
                                       : plan.pack_at_use ? plan.threads() * panel_size(input)
-                                                         : gate_shape_.packed_size(input));
-    hh_place_ = workspace->reserve<T>(plan.direct ? 0 : gate_shape_.packed_size(output));
+                                                         : ih_shape_.packed_size(input));
+    hh_place_ = workspace->reserve<T>(plan.direct ? 0 : hh_shape_.packed_size(output));
     hr_place_ = workspace->reserve<T>(y_shape_.packed_size(hidden));
     raw_place_ = workspace->reserve<T>(in.layer.w_hr && !in.raw ? batch * hidden : 0);
     // Training writes the input product where the gates will be kept.
@@ -85,9 +86,9 @@ class ForwardPass {
     const int threads = plan.threads();
     T* const bias = bias_;
     T* const w_ih = w_ih_ + (plan.pack_at_use ? id * panel_size(input) : 0);
-    Panels<T> ih = gate_shape_.packed<T>(w_ih, input);
+    Panels<T> ih = ih_shape_.packed<T>(w_ih, input);
     if (plan.pack_at_use) ih.panel_step = 0;
-    const Panels<T> hh = gate_shape_.packed<T>(w_hh_, output);
+    const Panels<T> hh = hh_shape_.packed<T>(w_hh_, output);
     T* const scratch = scratch_ + id * scratch_size_;
 
     const Active active(in);
@@ -146,6 +147,7 @@ class ForwardPass {
           step.hidden = hidden;
           step.input = plan.input_in_step ? input : 0;
           step.output = output;
+          step.full = hh_shape_.full;
           step.start = plan.input_in_step ? Rows<const T>{bias} : z.block(s - s0, 0, batch);
           step.x = x.block(s, 0, batch);
           step.w_ih = plan.direct ? in.layer.w_ih : Matrix<T>{w_ih};
@@ -203,8 +205,15 @@ class ForwardPass {
   }
 
  private:
-  // Elements of a panel of gates.
-  int64_t panel_size(int64_t depth) const { return gate_shape_.rows(depth) * gate_shape_.row; }
+  // Panels of the gates of VL units each. In a step, on plain kernels, the last one is a tail if it
+  // has half as many units or fewer: its gates stand beside one another, not on a vector each.
+  static PanelShape panels_of_gates(const Sizes& sizes, const Kernels<T>& kernel, bool in_step) {
+    const int64_t H = sizes.hidden, VL = kernel.lanes;
+    const bool tail = in_step && !machine_of(kernel).tiles && H % VL * 2 <= VL;
+    return {4 * (tail ? H : ceil_div(H, VL) * VL), kernel};
+  }
+  // Elements of such a panel, where whole.
+  int64_t panel_size(int64_t depth) const { return ih_shape_.rows(depth) * ih_shape_.row; }
 
   // The input product of `rows` rows panel by panel, W_ih packed just before and W_hh just after;
   // meanwhile the weights come in that are packed next.
@@ -253,7 +262,7 @@ class ForwardPass {
   const Plan plan_;
   const Kernels<T>& kernel_;
   InitialState<T> state_;
-  const PanelShape gate_shape_, y_shape_;  // of the gates, of W_hr^T
+  const PanelShape ih_shape_, hh_shape_, y_shape_;  // of W_ih^T, W_hh^T and W_hr^T
   int64_t bias_place_, ih_place_, hh_place_, z_place_, hr_place_, raw_place_, scratch_place_;
   int64_t scratch_size_;  // of a thread
   bool own_z_;

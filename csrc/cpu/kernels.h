@@ -74,6 +74,7 @@ struct StepForward {
   int64_t hidden;
   int64_t input;        // D, or 0 where `start` already holds the input product
   int64_t output;       // P, the columns of h_prev
+  int64_t full;         // panels before the tail; only step_forward knows one
   Rows<const T> start;  // (N, 4H); step_n 0 for a bias
   Rows<const T> x;      // (N, D)
   Matrix<T> w_ih;  // gate panels (see pack_gates), or (4H, D) as it is for the two direct steps
@@ -132,7 +133,8 @@ struct Kernels {
   int64_t (*across_size)(int64_t depth);
 
   // Panels p0 <= p < p1 of W (4H, K) as B = W^T with the gates interleaved, [k][gate][VL], zeros
-  // beyond H, to their place in `to`. True where all of them are known to be finite.
+  // beyond H, to their place in `to`; or of a tail [k][gate][H % VL], beside one another. True
+  // where all numbers are known to be finite.
   bool (*pack_gates)(Matrix<T> w, int64_t hidden, int64_t depth, int64_t p0, int64_t p1,
                      Panels<T> to);
   // Rows k0 <= k < k0 + count of B from b, columns of panels p0 <= p < p1, to their place in `to`.

@@ -264,10 +264,12 @@ bool pack_gates(Matrix<T> matrix, int64_t hidden, int64_t depth, int64_t p0, int
   constexpr int VL = lanes<T>();
   Bits<T> found = {};
   with_elements(matrix, [&](auto* w) {
-    for (int64_t p = p0; p < p1; ++p)
+    for (int64_t p = p0; p < p1; ++p) {
+      const int64_t units = hidden - p * VL, width = p < to.full ? VL : units;
       for (int64_t gate = 0; gate < kPanelVectors; ++gate)
-        found |= transpose_strip<T>(w + (gate * hidden + p * VL) * depth, depth, hidden - p * VL,
-                                    depth, const_cast<T*>(to.at(p)) + gate * VL, to.step(p), VL);
+        found |= transpose_strip<T>(w + (gate * hidden + p * VL) * depth, depth, units, depth,
+                                    const_cast<T*>(to.at(p)) + gate * width, to.step(p), width);
+    }
   });
   return !any(found);
 }
@@ -515,24 +517,105 @@ FASTLSTM_INLINE void cells_forward(const StepForward<T>& in, int64_t n, int64_t 
   if (in.gates.data) keep(in.gates);
 }
 
+// z of M batch rows from n on, `before` of them done, on V vectors of columns of panel p; start(r,
+// v) is what the products are added to.
+template <class T, int M, int V, class Start>
+FASTLSTM_INLINE void gate_sums(const StepForward<T>& in, int64_t n, int64_t before, int64_t p,
+                               int64_t next, Start&& start, Vec<T> (&z)[M][V]) {
+  constexpr int64_t VL = lanes<T>(), row = kPanelVectors * VL;
+  Vec<T> sums[M][V];
+  clear(sums);
+  const auto add = [&](Rows<const T> from, int64_t depth, const T* w) FASTLSTM_INLINE_LAMBDA {
+    const T* a[M];
+    for (int r = 0; r < M; ++r) a[r] = from.at(0, n + r);
+    const T* ahead = next_part(w + next * depth * row, before, depth);
+    multiply<T, M, V>(a, depth, w + p * depth * row, V * VL, ahead, sums);
+  };
+  // Many small terms first: each addition rounds as coarsely as the sum until then is large.
+  add(in.h_prev, in.output, in.w_hh.full());
+  for_sums<M, V>([&](auto r, auto v) FASTLSTM_INLINE_LAMBDA { sums[r][v] += start(r, v); });
+  add(in.x, in.input, in.w_ih.full());
+  copy(sums, z);
+}
+
+// Batch rows of a tail at a time.
+constexpr int64_t kTailRows = 8 * kTileRows;
+
+// Rows n0 <= n < n1 of a tail, at most kTailRows, whose gates stand beside one another on V
+// vectors. Cells are those of as many rows at once as fill the lanes. A load of what was stored in
+// pieces waits for them, so it has a loop of its own.
+template <class T, int V>
+void tail_forward(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p, int64_t next) {
+  constexpr int64_t VL = lanes<T>();
+  const int64_t H = in.hidden, unit = p * VL, units = H - unit, at_once = VL / units;
+  const FirstLanes part{units};
+  T z[kTailRows][V * VL];
+  for (int64_t n = n0; n < n1; ++n) {
+    const bool copied = n > n0 && in.start.step_n == 0;
+    for (int v = 0; v < V; ++v) store(z[n - n0] + v * VL, copied ? load(z[0] + v * VL) : Vec<T>{});
+    for (int64_t gate = 0; !copied && gate < 4; ++gate)
+      part.put(z[n - n0] + gate * units, part.get(in.start.at(0, n) + unit + gate * H));
+  }
+  for_tiles(n0, n1, [&](int64_t n, auto rows) {
+    constexpr int M = decltype(rows)::value;
+    Vec<T> sums[M][V];
+    const auto at = [&](int r, int v) FASTLSTM_INLINE_LAMBDA { return z[n - n0 + r] + v * VL; };
+    gate_sums<T>(in, n, n - n0, p, next, [&](int r, int v) { return load(at(r, v)); }, sums);
+    for_sums<M, V>([&](auto r, auto v) FASTLSTM_INLINE_LAMBDA { store(at(r, v), sums[r][v]); });
+  });
+
+  // f(row of the batch, its first lane among those of rows at once, these) for all.
+  T gates[kTailRows][4][VL], c[kTailRows][VL], h[kTailRows][VL];
+  const auto each = [&](auto&& f) {
+    for (int64_t n = n0, group = 0; n < n1; ++group)
+      for (int64_t k = 0; k < at_once && n < n1; ++k, ++n) f(n, k * units, group);
+  };
+  each([&](int64_t n, int64_t lane, int64_t group) {
+    for (int64_t gate = 0; gate < 4; ++gate)
+      part.put(gates[group][gate] + lane, part.get(z[n - n0] + gate * units));
+    part.put(c[group] + lane, part.get(in.c_prev.at(0, n) + unit));
+  });
+  StepForward<T> together{};
+  together.hidden = VL;
+  together.c_prev = together.c = {c[0], 0, VL};
+  together.h = {h[0], 0, VL};
+  if (in.gates.data || in.half_gates.data) together.gates = {gates[0][0], 0, 4 * VL};
+  together.as_distances = in.as_distances;
+  for (int64_t group = 0; group * at_once < n1 - n0; ++group) {
+    Vec<T> one[1][4];
+    for (int gate = 0; gate < 4; ++gate) one[0][gate] = load(gates[group][gate]);
+    cells_forward<T, 1>(together, group, 0, one, AllLanes());
+  }
+  each([&](int64_t n, int64_t lane, int64_t group) {
+    part.put(in.c.at(0, n) + unit, part.get(c[group] + lane));
+    part.put(in.h.at(0, n) + unit, part.get(h[group] + lane));
+    const auto keep = [&](auto rows) {
+      for (int64_t gate = 0; gate < 4; ++gate)
+        part.put(rows.at(0, n) + unit + gate * H, part.get(gates[group][gate] + lane));
+    };
+    if (in.gates.data) keep(in.gates);
+    if constexpr (sizeof(T) == sizeof(float))
+      if (in.half_gates.data) keep(in.half_gates);
+  });
+}
+
 template <class T>
 void step_forward(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p0, int64_t p1) {
-  constexpr int VL = lanes<T>();
-  constexpr int64_t row = kPanelVectors * VL;
+  constexpr int64_t VL = lanes<T>();
   const int64_t H = in.hidden;
   for_panels(in.step, p0, p1, [&](int64_t p, int64_t next) {
     const int64_t unit = p * VL;
+    if (p >= in.full) {
+      for (int64_t n = n0; n < n1; n += kTailRows)
+        with_int<2>((4 * (H - unit) + VL - 1) / VL, [&](auto vectors) {
+          constexpr int V = decltype(vectors)::value;
+          tail_forward<T, V>(in, n, n1 - n < kTailRows ? n1 : n + kTailRows, p, next);
+        });
+      return;
+    }
     with_lanes<T>(H - unit, [&](auto part) {
       for_tiles(n0, n1, [&](int64_t n, auto rows) {
         constexpr int M = decltype(rows)::value;
-        Vec<T> sums[M][4], z[M][4];
-        clear(sums);
-        const auto add = [&](Rows<const T> from, int64_t depth, const T* w) FASTLSTM_INLINE_LAMBDA {
-          const T* a[M];
-          for (int r = 0; r < M; ++r) a[r] = from.at(0, n + r);
-          const T* ahead = next_part(w + next * depth * row, n - n0, depth);
-          multiply<T, M, 4>(a, depth, w + p * depth * row, row, ahead, sums);
-        };
         // What comes after the product comes from afar where the input product went over time; its
         // loads cannot begin before the product ends.
         for (int r = 0; in.start.step_n && r < M; ++r) {
@@ -540,13 +623,11 @@ void step_forward(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p0, 
           for (int gate = 0; gate < 4; ++gate)
             __builtin_prefetch(in.start.at(0, n + r) + unit + gate * H, 0, 2);
         }
-        // Many small terms first: each addition rounds as coarsely as the sum until then is large.
-        add(in.h_prev, in.output, in.w_hh.full());
-        for_sums<M, 4>([&](auto r, auto gate) FASTLSTM_INLINE_LAMBDA {
-          sums[r][gate] += part.get(in.start.at(0, n + r) + unit + gate * H);
-        });
-        add(in.x, in.input, in.w_ih.full());
-        copy(sums, z);
+        const auto start = [&](int r, int gate) FASTLSTM_INLINE_LAMBDA {
+          return part.get(in.start.at(0, n + r) + unit + gate * H);
+        };
+        Vec<T> z[M][4];
+        gate_sums<T>(in, n, n - n0, p, next, start, z);
         for (int r = 0; r < M; ++r) cells_forward<T, 1>(in, n + r, unit, z + r, part);
       });
     });
