@@ -184,6 +184,71 @@ def test_attributes_people_touch(options):
     assert_close(backward(ours, leaf(T, N, D)), before)
 
 
+def test_flat_weights_that_somebody_filled():
+    """nn.LSTM computes with this list, as long as no parameter was replaced since."""
+    results = []
+    for cls in CLASSES["LSTM"]:
+
+        class LowRank(cls):
+            def forward(self, x, hx=None):
+                delta = self.left @ self.right
+                self._flat_weights = [
+                    getattr(self, name) + (delta if name == "weight_hh_l0" else 0)
+                    for name in self._flat_weights_names
+                ]
+                return super().forward(x, hx)
+
+        torch.manual_seed(0)
+        module = LowRank(D, H)
+        module.left = torch.nn.Parameter(torch.randn(4 * H, 2))
+        module.right = torch.nn.Parameter(torch.randn(2, H))
+        x = torch.randn(T, N, D)
+        module(x)[0].sum().backward()
+        found = [module.left.grad, module.right.grad, module.weight_hh_l0.grad]
+        # One that was replaced counts more than the list.
+        plain = cls(D, H)
+        plain._flat_weights = [torch.zeros_like(w) for w in plain._flat_weights]
+        ones = {name: torch.ones_like(w) for name, w in plain.named_parameters()}
+        found += [plain(x)[0], torch.func.functional_call(plain, ones, (x,))[0]]
+        results.append(found)
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_names_that_subclasses_may_have_themselves(name):
+    ours, theirs = CLASSES[name]
+    own = set(vars(ours)) - set(dir(theirs)) - {"__prepare_scriptable__"}
+    assert all(attribute.startswith(f"_{name}__") for attribute in own), own
+
+
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("name", CLASSES)
+def test_saved_tensors_are_tensors(name, state):
+    """Tools that draw a graph ask each of them for its size."""
+    module = CLASSES[name][0](D, H)
+    shape = (N, H) if name == "LSTMCell" else (1, N, H)
+    hx = (leaf(*shape), leaf(*shape)) if state else None
+    y, _ = module(leaf(N, D) if name == "LSTMCell" else leaf(T, N, D), hx)
+    assert all(isinstance(t, torch.Tensor) for t in y.grad_fn.saved_tensors)
+
+
+def test_per_sample_gradients_of_expanded_weights():
+    """They answer for nn.LSTM; nn.LSTMCell refuses them."""
+    from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+
+    found = []
+    for cls in CLASSES["LSTM"]:
+        torch.manual_seed(0)
+        module = cls(D, H, batch_first=True)
+        x = torch.randn(N, T, D, requires_grad=True)
+        call = call_for_per_sample_grads(module, batch_size=N, loss_reduction="sum")
+        call(x)[0].sum().backward()
+        found.append([p.grad_sample for p in module.parameters()])
+    for ours, theirs in zip(*found, strict=True):
+        assert_close(ours, theirs)
+
+
 SIZES = torch.tensor([3, 3, 2, 1])
 CHECKS = {
     "check_input": lambda m: m.check_input(torch.zeros(T, N, D), None),

@@ -123,6 +123,20 @@ def batched(grads: Sequence[Tensor | None]) -> bool:
     return any(legacy(grad) for grad in grads if grad is not None)
 
 
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """Save tensors for backward, but not None, which tools that draw a graph do not expect."""
+    ctx.save_for_backward(*[tensor for tensor in tensors if tensor is not None])
+    ctx.missing = [k for k, tensor in enumerate(tensors) if tensor is None]
+
+
+def saved(ctx: Any) -> list[Any]:
+    """Return what :func:`save` was given."""
+    tensors = list(ctx.saved_tensors)
+    for k in ctx.missing:
+        tensors.insert(k, None)
+    return tensors
+
+
 class Layer(Node):
     """One layer, in one or both directions, as a node of the autograd graph."""
 
@@ -140,7 +154,7 @@ class Layer(Node):
             x, h0, c0, list(weights), directions, batch_sizes, keep=True
         )
         ctx.layer = directions, batch_sizes
-        ctx.save_for_backward(y, *kept, x, h0, c0, *weights)
+        save(ctx, y, *kept, x, h0, c0, *weights)
         ctx.set_materialize_grads(False)
         return y, h_n, c_n
 
@@ -152,7 +166,7 @@ class Layer(Node):
     def gradients(
         ctx: Any, needed: Sequence[bool], grads: Grads, steps: Steps | None = None
     ) -> Grads:
-        y, gates, cells, raw, *inputs = ctx.saved_tensors
+        y, gates, cells, raw, *inputs = saved(ctx)
         needed = needed[2:]
         found = on_kernels(ctx.layer, inputs, y, (gates, cells, raw), grads, needed, steps)
         if found is None:
@@ -251,7 +265,7 @@ class Step(Node):
     ) -> tuple[Tensor, Tensor]:
         h, _, c, (gates, cells, _) = run_forward(x, h0, c0, list(weights), 1, (), keep=True)
         # Not c itself, which the caller may change in place.
-        ctx.save_for_backward(gates, cells, x, h0, c0, *weights)
+        save(ctx, gates, cells, x, h0, c0, *weights)
         ctx.set_materialize_grads(False)
         return h, c
 
@@ -263,7 +277,7 @@ class Step(Node):
     def gradients(
         ctx: Any, needed: Sequence[bool], grads: Grads, steps: Steps | None = None
     ) -> Grads:
-        gates, cells, *inputs = ctx.saved_tensors
+        gates, cells, *inputs = saved(ctx)
         kept = gates, cells, None
         found = on_kernels(None, inputs, None, kept, (None, *grads), needed, steps)
         return _composite.step_backward(inputs, grads, needed) if found is None else found

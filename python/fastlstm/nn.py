@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import warnings
 from functools import partial
-from typing import Any, TypeVar
+from operator import is_
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from ._torch import run_layer, run_step, seen_by_a_mode
 __all__ = ["LSTM", "LSTMCell", "convert", "explain", "revert"]
 
 _Module = TypeVar("_Module", bound=torch.nn.Module)
+_State = tuple[Tensor, Tensor]
 
 
 def _observed() -> bool:
@@ -105,6 +107,13 @@ def _packed(
     return packed(input), hx, [packed(weight) for weight in weights]
 
 
+def _have_functions(weights: list[Any]) -> bool:
+    """Return whether a weight answers torch's functions itself, as those of ExpandedWeights do."""
+    of_torch = Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
+    answers = (getattr(type(weight), "__torch_function__", None) for weight in weights)
+    return any(getattr(answer, "__func__", of_torch) is not of_torch for answer in answers)
+
+
 def _batch_sizes(packed: PackedSequence) -> list[int]:
     """Return the batch sizes of a PackedSequence, which anyone can make by hand, checked."""
     given = packed.batch_sizes
@@ -155,6 +164,12 @@ class LSTM(torch.nn.LSTM):
 
     __prepare_scriptable__ = _for_script
 
+    @overload
+    def forward(self, input: Tensor, hx: _State | None = None) -> tuple[Tensor, _State]: ...
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: _State | None = None
+    ) -> tuple[PackedSequence, _State]: ...
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Run over `input`: shapes, results and errors of `torch.nn.LSTM`."""
         # Read anew at every call, wherever weight_norm, parametrize or functional_call put them.
@@ -162,9 +177,14 @@ class LSTM(torch.nn.LSTM):
         try:
             weights: list[Any] = [own[n] for n in self._flat_weights_names]
         except KeyError:
-            weights = self._computed_weights()
+            weights = self.__computed_weights()
+        else:
+            # Some fill the list themselves that nn.LSTM computes with.
+            if not (torch.compiler.is_compiling() or all(map(is_, weights, self._flat_weights))):
+                if not self._weights_have_changed():  # type: ignore[no-untyped-call]
+                    weights = list(self._flat_weights)
         if torch.compiler.is_compiling():
-            return self._traced(input, hx, weights)
+            return self.__traced(input, hx, weights)
         observed = _observed()
         if observed and torch._C._get_tracing_state() is not None:
             return super().forward(input, hx)
@@ -185,21 +205,23 @@ class LSTM(torch.nn.LSTM):
                 y, states = found
                 return (y.transpose(0, 1), states) if self.batch_first and y.dim() == 3 else found
         if observed or autocast or not _core.fits(x, hx, weights, *sizes):
+            if _have_functions(weights):
+                return super().forward(input, hx)
             packed = None if observed else _cuda_layer.served(self, input, hx, weights)
             if packed is None:
                 unequal = ragged and batch_sizes[0] != batch_sizes[-1]
                 dtype = _autocast_dtype(x, hx, weights, not (unequal or self.proj_size))
                 packed = _packed(x, hx, weights, dtype)
                 if observed or not _core.fits(*packed, *sizes):
-                    if not self._serves(*packed, input.batch_sizes if ragged else None):
-                        return self._as_torch(input, hx, weights)
+                    if not self.__serves(*packed, input.batch_sizes if ragged else None):
+                        return self.__as_torch(input, hx, weights)
                     run = _transforms.run_layer
                 if dtype is not None and self.proj_size:
                     run = _projecting(run)
             x, hx, weights = packed
 
         if not ragged:
-            y, (h, c) = self._run(x, hx, weights, run)
+            y, (h, c) = self.__run(x, hx, weights, run)
         else:
             if hx is not None:
                 hx = self.permute_hidden(hx, input.sorted_indices)
@@ -208,14 +230,14 @@ class LSTM(torch.nn.LSTM):
                 threads = torch.get_num_threads()
                 found = _core.infer(x, hx, weights, *sizes, batch_sizes, threads)
             layer = partial(run, batch_sizes=batch_sizes)
-            data, (h, c) = found or self._layers(x, hx, weights, layer)
+            data, (h, c) = found or self.__layers(x, hx, weights, layer)
             y = PackedSequence(
                 data, input.batch_sizes, input.sorted_indices, input.unsorted_indices
             )
             h, c = self.permute_hidden((h, c), input.unsorted_indices)
         return y, (h, c)
 
-    def _computed_weights(self) -> list[Any]:
+    def __computed_weights(self) -> list[Any]:
         """Return the weights where some are no parameters."""
         names = self._flat_weights_names
         if torch.compiler.is_compiling():
@@ -224,7 +246,7 @@ class LSTM(torch.nn.LSTM):
         self._weights_have_changed()  # type: ignore[no-untyped-call]
         return [getattr(self, n) if hasattr(self, n) else None for n in names]
 
-    def _run(self, x: Any, hx: Any, weights: list[Any], layer: Any) -> Any:
+    def __run(self, x: Any, hx: Any, weights: list[Any], layer: Any) -> Any:
         """Run a dense batch, or no batch, in the layout that the caller has."""
         batched = x.dim() == 3
         if not batched:
@@ -232,12 +254,12 @@ class LSTM(torch.nn.LSTM):
             hx = None if hx is None else [state.unsqueeze(1) for state in hx]
         elif self.batch_first:
             x = x.transpose(0, 1)
-        y, (h, c) = self._layers(x, hx, weights, layer)
+        y, (h, c) = self.__layers(x, hx, weights, layer)
         if not batched:
             return y.squeeze(1), (h.squeeze(1), c.squeeze(1))
         return y.transpose(0, 1) if self.batch_first else y, (h, c)
 
-    def _layers(
+    def __layers(
         self, x: Tensor, hx: Any, weights: list[Tensor], layer: Any
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         directions = 2 if self.bidirectional else 1
@@ -262,7 +284,7 @@ class LSTM(torch.nn.LSTM):
         h, c = (torch.cat(parts) for parts in zip(*states, strict=True))
         return x, (h, c)
 
-    def _traced(self, input: Any, hx: Any, weights: list[Any]) -> Any:
+    def __traced(self, input: Any, hx: Any, weights: list[Any]) -> Any:
         """Run as operators, one for each layer."""
         ragged = isinstance(input, PackedSequence)
         x: Any = input.data if ragged else input
@@ -275,12 +297,12 @@ class LSTM(torch.nn.LSTM):
         x, state, packed = given if dtype is None else _packed(*given, dtype)
         autocast = torch.is_autocast_enabled("cuda" if weights[0].is_cuda else "cpu")
         if (dtype is None and autocast) or not _tensors.fits(x, state, packed, *sizes):
-            return self._as_torch(input, hx, weights)
+            return self.__as_torch(input, hx, weights)
 
         projects = dtype is not None and self.proj_size > 0
         if not ragged:
             layer = _transforms.run_layer
-            return self._run(x, state, packed, _projecting(layer) if projects else layer)
+            return self.__run(x, state, packed, _projecting(layer) if projects else layer)
         if state is None:  # the operator reads N off the state
             H, P = self.hidden_size, self.proj_size or self.hidden_size
             state = [x.new_zeros(layout[0] * layout[1], N, size) for size in (P, H)]
@@ -288,11 +310,11 @@ class LSTM(torch.nn.LSTM):
             state = self.permute_hidden(state, input.sorted_indices)
         layer = partial(_ops.layer_of_graph, batch_sizes=input.batch_sizes)
         layer = _projecting(layer) if projects else layer
-        data, (h, c) = self._layers(x, state, packed, layer)
+        data, (h, c) = self.__layers(x, state, packed, layer)
         y = PackedSequence(data, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
         return y, self.permute_hidden((h, c), input.unsorted_indices)
 
-    def _serves(self, x: Any, hx: Any, weights: list[Any], batch_sizes: Tensor | None) -> bool:
+    def __serves(self, x: Any, hx: Any, weights: list[Any], batch_sizes: Tensor | None) -> bool:
         """Return whether all are of one dtype, on one device with kernels, and nothing missing.
 
         False leaves the call, and its error, to nn.LSTM. Errors of shape are raised here, with the
@@ -304,7 +326,7 @@ class LSTM(torch.nn.LSTM):
         tensors = [x, *states, *weights]
         if not all(isinstance(t, Tensor) and t.layout is torch.strided for t in tensors):
             return False
-        self._check_weight_shapes(weights)
+        self.__check_weight_shapes(weights)
         if batch_sizes is not None and (x.dim() != 2 or x.dtype != weights[0].dtype):
             self.check_input(x, batch_sizes)  # nn.LSTM does so where nothing is packed
         if x.dtype != weights[0].dtype:
@@ -337,10 +359,10 @@ class LSTM(torch.nn.LSTM):
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         return True
 
-    def _as_torch(self, input: Any, hx: Any, weights: list[Any]) -> Any:
+    def __as_torch(self, input: Any, hx: Any, weights: list[Any]) -> Any:
         """Run as nn.LSTM does, but raise where it would read out of bounds or report obscurely."""
         if all(w is not None for w in weights):
-            self._check_weight_shapes(weights)
+            self.__check_weight_shapes(weights)
             if isinstance(input, PackedSequence):
                 if hx is None:
                     self.check_input(input.data, input.batch_sizes)
@@ -355,7 +377,7 @@ class LSTM(torch.nn.LSTM):
                 raise _wrong_dtype(hx, weights[0].dtype) or error from error
             raise
 
-    def _check_weight_shapes(self, weights: list[Any]) -> None:
+    def __check_weight_shapes(self, weights: list[Any]) -> None:
         directions = 2 if self.bidirectional else 1
         sizes = (self.input_size, self.hidden_size, self.proj_size, self.num_layers, directions)
         shapes = _check.weight_shapes(*sizes, self.bias)
@@ -376,16 +398,16 @@ class LSTMCell(torch.nn.LSTMCell):
     """
 
     __prepare_scriptable__ = _for_script
-    _names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    __names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
-    def forward(self, input: Any, hx: Any = None) -> Any:
+    def forward(self, input: Tensor, hx: _State | None = None) -> _State:
         """Run one step on `input`: shapes, results and errors of `torch.nn.LSTMCell`."""
         own = self._parameters
-        weights: list[Any] = [own[n] if n in own else getattr(self, n) for n in self._names]
+        weights: list[Any] = [own[n] if n in own else getattr(self, n) for n in self.__names]
         if weights[2] is None and weights[3] is None:
             del weights[2:]
         if torch.compiler.is_compiling():
-            return self._traced(input, hx, weights)
+            return self.__traced(input, hx, weights)
         observed = _observed()
         if observed and torch._C._get_tracing_state() is not None:
             return super().forward(input, hx)
@@ -393,13 +415,17 @@ class LSTMCell(torch.nn.LSTMCell):
         readable = True
         autocast = torch.is_autocast_enabled("cpu")
         if not (observed or autocast or torch.is_grad_enabled()):
-            found = _core.infer(input, hx, weights, *sizes, (), torch.get_num_threads())
+            found: _State | None = _core.infer(
+                input, hx, weights, *sizes, (), torch.get_num_threads()
+            )
             if found is not None:
                 return found
         if observed or autocast or not _core.fits(input, hx, weights, *sizes):
+            if _have_functions(weights):
+                return super().forward(input, hx)
             packed = _packed(input, hx, weights, _autocast_dtype(input, hx, weights, fused=False))
             readable = not observed and _core.fits(*packed, *sizes)
-            if not readable and not self._serves(*packed):
+            if not readable and not self.__serves(*packed):
                 return super().forward(input, hx)
             input, hx, weights = packed
         h0, c0 = hx or (None, None)
@@ -412,7 +438,7 @@ class LSTMCell(torch.nn.LSTMCell):
             h, c = h.squeeze(0), c.squeeze(0)
         return h, c
 
-    def _traced(self, input: Any, hx: Any, weights: list[Any]) -> Any:
+    def __traced(self, input: Any, hx: Any, weights: list[Any]) -> _State:
         """Run as the operator of a layer at T = 1."""
         dtype = _autocast_dtype(input, hx, weights, fused=False)
         given = input, hx, weights
@@ -429,7 +455,7 @@ class LSTMCell(torch.nn.LSTMCell):
         _, h, c = _transforms.run_layer(1, x, h0, c0, weights)
         return h[step], c[step]
 
-    def _serves(self, x: Any, hx: Any, weights: list[Any]) -> bool:
+    def __serves(self, x: Any, hx: Any, weights: list[Any]) -> bool:
         """Return whether this is a right call on CPU tensors of one floating dtype.
 
         False leaves the call, and its error, to nn.LSTMCell; what it would not see under vmap is
