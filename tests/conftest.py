@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import fastlstm
 import hypothesis
 import numpy as np
@@ -42,6 +44,12 @@ def dtype(request):
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _inductor_cache(tmp_path_factory):
+    """What torch.compile keeps on disk does not notice a change of our operators."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
 
 
 @pytest.fixture(autouse=True)

@@ -217,6 +217,43 @@ def test_inductor(mode):
         assert_close(f(*inputs), model(*inputs))
 
 
+class Convolutional(nn.Module):
+    """An encoder of sound: its LSTM gets channels before time, transposed."""
+
+    def __init__(self):
+        super().__init__()
+        self.before = nn.Sequential(
+            nn.Conv1d(5, 60, 5), nn.MaxPool1d(3), nn.InstanceNorm1d(60, affine=True), nn.LeakyReLU()
+        )
+        self.inner = fastlstm.nn.LSTM(60, 32, batch_first=True, bidirectional=True)
+
+    def forward(self, x):
+        return self.inner(self.before(x).transpose(1, 2))[0]
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_inductor_behind_a_transpose(one_thread):
+    """The kernels that inductor (2.13) makes to read dx through the transpose would be wrong."""
+    torch.manual_seed(0)
+    model = Convolutional()
+    f = torch.compile(model, fullgraph=True)
+    x, found = torch.randn(2, 5, 349), []
+    for run in (f, model):
+        model.zero_grad()
+        run(x).square().sum().backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    scale = found[1][0].abs().max().item()  # the bias beside it has a gradient of zero
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * scale)
+
+
 def test_weights_are_read_anew():
     model = Between()
     other = copy.deepcopy(model)
@@ -470,7 +507,7 @@ def test_packing_inside_the_model():
 # --- the operators -------------------------------------------------------------------------------
 
 
-def operands(ragged=False, with_state=True, **options):
+def operands(ragged=False, with_state=True, has_rows=True, **options):
     """What fastlstm::layer takes up to `directions`, and the batch sizes."""
     torch.manual_seed(0)
     module = fastlstm.nn.LSTM(D, H, **options)
@@ -480,6 +517,8 @@ def operands(ragged=False, with_state=True, **options):
     weights = [w.detach().requires_grad_() for w in module.parameters()]
     batch_sizes = torch.tensor([3, 3, 2, 1]) if ragged else None
     x = leaf(*((9,) if ragged else (T, N)), D, dtype=dtype)
+    if not has_rows:
+        x = leaf(N, D, T, dtype=dtype).detach().permute(2, 0, 1).requires_grad_()
     starts = [leaf(directions, N, n, dtype=dtype, seed=n) for n in sizes]
     state = starts if with_state else [None, None]
     return [x, *state, weights, directions], batch_sizes
@@ -496,6 +535,7 @@ OPERANDS = {
     "projection": {"proj_size": 3, "with_state": False},
     "ragged, two directions": {"ragged": True, "bidirectional": True},
     "bfloat16": {"dtype": BF16},
+    "channels before time": {"has_rows": False},
 }
 
 

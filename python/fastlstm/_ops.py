@@ -37,6 +37,11 @@ def _refuse_forward_ad() -> None:
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
 
 
+def _has_rows(x: Tensor) -> bool:
+    """Return whether the last dimension of x, whose rows may lie anywhere, is contiguous."""
+    return bool(x.shape[-1] == 1 or x.stride(-1) == 1)
+
+
 def _checked(
     x: Tensor,
     h0: Tensor | None,
@@ -65,7 +70,7 @@ def _checked(
             f"weights (4H, D), (4H, P), ...; got directions {directions}, {', '.join(got)}"
         )
     x = x.as_subclass(Tensor)
-    if x.stride(-1) != 1 and x.shape[-1] != 1:  # its rows may lie anywhere
+    if not _has_rows(x):
         x = x.contiguous()
     return x, *_plain(h0, c0), _plain(*weights), sizes
 
@@ -134,7 +139,13 @@ def layer_backward(
     needed: Sequence[bool],
     batch_sizes: Tensor | None,
 ) -> list[Tensor]:
-    """Return the gradients of x, h0, c0 and the weights that are `needed`."""
+    """Return the gradients of x, h0, c0 and the weights that are `needed`.
+
+    They are contiguous, but that of x is laid out as x where x has no contiguous rows. Inductor
+    would otherwise read it across what comes before, in kernels of its own that can be wrong: with
+    torch 2.13 after a convolution, a pooling, a norm and a transpose.
+    """
+    given = x
     x, h0, c0, packed, sizes = _checked(x, h0, c0, weights, directions, batch_sizes)
     inputs = [x, h0, c0, *packed]
     if len(needed) != len(inputs) or any(
@@ -144,17 +155,17 @@ def layer_backward(
             "fastlstm::layer_backward: expected needed to tell of x, h0, c0 and each weight, "
             f"{len(inputs)} in all, and False of a state of None, got {list(needed)}"
         )
-    given = [grad_y, grad_h, grad_c, y, *kept]
-    if not _tensors.backward_fits(x, packed, directions, sizes, given):
+    arrived = [grad_y, grad_h, grad_c, y, *kept]
+    if not _tensors.backward_fits(x, packed, directions, sizes, arrived):
         shapes = _tensors.result_shapes(x, packed, directions, sizes)
         raise RuntimeError(
             "fastlstm::layer_backward: expected grad_y, grad_h, grad_c, and y and what was kept, "
             f"of the shapes of y, h_n, c_n and what was kept, {shapes}, and {x.dtype}, "
-            f"got {[t if t is None else (tuple(t.shape), t.dtype) for t in given]}"
+            f"got {[t if t is None else (tuple(t.shape), t.dtype) for t in arrived]}"
         )
     y, gates, cells, raw = (*_plain(y, *kept), None)[:4]
     with without_replays:
-        found = _torch.run_backward(
+        dx, *found = _torch.run_backward(
             (directions, sizes),
             inputs,
             y,
@@ -162,10 +173,12 @@ def layer_backward(
             (grad_y, grad_h, grad_c),
             tuple(needed),
         )
+    if dx is not None and not _has_rows(given):
+        dx = torch.empty_like(given).copy_(dx)
     # An operator gives away no part of a memory that another of its results has a part of.
     return [
         grad if grad.nbytes == grad.untyped_storage().nbytes() else grad.clone()
-        for grad in found
+        for grad in (dx, *found)
         if grad is not None
     ]
 
@@ -185,10 +198,12 @@ def _(
     needed: Sequence[bool],
     batch_sizes: Tensor | None,
 ) -> list[Tensor]:
+    dense, kept_layout = torch.contiguous_format, torch.preserve_format
     inputs = [x, h0, c0, *weights]
+    formats = [dense if _has_rows(x) else kept_layout, *[dense] * (len(inputs) - 1)]
     return [
-        torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        for tensor, need in zip(inputs, needed, strict=True)
+        torch.empty_like(tensor, memory_format=format)
+        for tensor, format, need in zip(inputs, formats, needed, strict=True)
         if need and tensor is not None
     ]
 
