@@ -222,6 +222,21 @@ def test_names_that_subclasses_may_have_themselves(name):
     assert all(attribute.startswith(f"_{name}__") for attribute in own), own
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_profiler(name):
+    module = CLASSES[name][0](D, H)
+    x = leaf(N, D) if name == "LSTMCell" else leaf(T, N, D)
+    with torch.autograd.profiler.profile() as profile, torch.no_grad():
+        y, _ = module(x)
+    assert any(event.name == "fastlstm::infer" for event in profile.function_events)
+    with torch.no_grad():
+        assert torch.equal(module(x)[0], y)
+    with torch.autograd.profiler.profile() as profile:
+        module(x)
+    step = "Step" if name == "LSTMCell" else "Layer"
+    assert any(event.name == step for event in profile.function_events)
+
+
 @pytest.mark.parametrize("state", [False, True])
 @pytest.mark.parametrize("name", CLASSES)
 def test_saved_tensors_are_tensors(name, state):

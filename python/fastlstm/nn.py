@@ -34,6 +34,15 @@ def _observed() -> bool:
     )
 
 
+_profiled = torch._C._autograd._profiler_enabled
+
+
+def _infer_seen(*args: Any) -> Any:
+    """Call `_core.infer` as a row of torch.profiler."""
+    with torch.autograd.profiler.record_function("fastlstm::infer"):
+        return _core.infer(*args)
+
+
 _ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 _ONEDNN_BF16: bool = _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 _ONEDNN_F16: bool = _ONEDNN and torch.ops.mkldnn._is_mkldnn_fp16_supported()
@@ -199,8 +208,9 @@ class LSTM(torch.nn.LSTM):
         plain = not (observed or autocast or torch.is_grad_enabled())
         if self.num_layers > 1 and self.dropout and self.training:
             plain = False  # dropout comes between the layers
+        infer = _infer_seen if _profiled() else _core.infer
         if plain and not ragged:
-            found = _core.infer(x, hx, weights, *sizes, (), torch.get_num_threads())
+            found = infer(x, hx, weights, *sizes, (), torch.get_num_threads())
             if found is not None:
                 y, states = found
                 return (y.transpose(0, 1), states) if self.batch_first and y.dim() == 3 else found
@@ -228,7 +238,7 @@ class LSTM(torch.nn.LSTM):
             found = None
             if plain:
                 threads = torch.get_num_threads()
-                found = _core.infer(x, hx, weights, *sizes, batch_sizes, threads)
+                found = infer(x, hx, weights, *sizes, batch_sizes, threads)
             layer = partial(run, batch_sizes=batch_sizes)
             data, (h, c) = found or self.__layers(x, hx, weights, layer)
             y = PackedSequence(
@@ -415,9 +425,8 @@ class LSTMCell(torch.nn.LSTMCell):
         readable = True
         autocast = torch.is_autocast_enabled("cpu")
         if not (observed or autocast or torch.is_grad_enabled()):
-            found: _State | None = _core.infer(
-                input, hx, weights, *sizes, (), torch.get_num_threads()
-            )
+            infer = _infer_seen if _profiled() else _core.infer
+            found: _State | None = infer(input, hx, weights, *sizes, (), torch.get_num_threads())
             if found is not None:
                 return found
         if observed or autocast or not _core.fits(input, hx, weights, *sizes):
