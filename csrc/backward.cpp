@@ -29,12 +29,11 @@ struct Right {
         columns(columns),
         shape(columns, kernel),
         in_place(direct && w.element == Element::full) {
-    place = workspace->reserve<T>(in_place ? depth * shape.tail_row : shape.packed_size(depth));
+    place = workspace->reserve<T>(in_place ? shape.tail_size(depth) : shape.packed_size(depth));
   }
   void bind(const Workspace& workspace) {
     const T* memory = workspace.at<T>(place);
-    panels =
-        in_place ? shape.in_place(matrix.full(), columns, memory) : shape.packed(memory, depth);
+    panels = in_place ? shape.in_place(matrix.full(), depth, memory) : shape.packed(memory, depth);
   }
   void pack(int threads, int id) const {
     const auto [p0, p1] = shape.part(threads, id);
@@ -138,15 +137,14 @@ class BackwardPass {
     all_.wait(threads);
 
     // dw rows m.. += strip times rows k.. of packed x or h.
-    const auto accumulate = [&](T* dw, int64_t columns, const PanelShape& shape, Panels<T> right,
-                                int64_t m, int64_t count, int64_t k, int64_t depth, bool first) {
+    const auto accumulate = [&](T* dw, int64_t columns, const PanelShape& shape,
+                                const Panels<T>& right, int64_t m, int64_t count, int64_t k,
+                                int64_t depth, bool first) {
       if (!dw) return;
       Product<T> product;
       product.a = {strip, strip_depth, 0, 1};
       product.depth = depth;
-      right.data += k * right.row_step;
-      right.tail += k * right.tail_row_step;
-      product.b = right;
+      product.b = right.from_row(k);
       product.c = {dw + m * columns, columns, 0, 1};
       product.columns = {columns, false};
       product.accumulate = !first;

@@ -210,7 +210,7 @@ class ForwardPass {
   static PanelShape panels_of_gates(const Sizes& sizes, const Kernels<T>& kernel, bool in_step) {
     const int64_t H = sizes.hidden, VL = kernel.lanes;
     const bool tail = in_step && !machine_of(kernel).tiles && H % VL * 2 <= VL;
-    return {4 * (tail ? H : ceil_div(H, VL) * VL), kernel};
+    return {4 * (tail ? H : ceil_div(H, VL) * VL), kernel, false};
   }
   // Elements of such a panel, where whole.
   int64_t panel_size(int64_t depth) const { return ih_shape_.rows(depth) * ih_shape_.row; }

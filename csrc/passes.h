@@ -17,23 +17,29 @@
 
 namespace fastlstm {
 
-// Panels of four vectors of columns, the last one as narrow as whole vectors allow.
+// Panels of four vectors of columns, the last one as narrow as whole vectors allow. Where a quarter
+// of the last vector or less would be used, and `edges` are allowed, these columns are an edge.
 struct PanelShape {
   int64_t columns;        // of the matrix
   int64_t width;          // columns of a full panel
   int64_t count, full;    // panels; those of full width
   int64_t row, tail_row;  // elements of a row in memory, of a full panel and of the tail
+  int64_t edge;           // columns of an edge
   int64_t rounded_to;     // rows that a panel holds a multiple of
 
   template <class T>
-  PanelShape(int64_t columns, const Kernels<T>& kernel)
+  PanelShape(int64_t columns, const Kernels<T>& kernel, bool edges = true)
       : columns(columns),
         width(kPanelVectors * kernel.lanes),
         count(ceil_div(columns, width)),
         full(columns / width),
         row(kernel.panel_row),
-        tail_row(ceil_div(columns % width, kernel.lanes) * (row / kPanelVectors)),
-        rounded_to(kernel.panel_depth) {}
+        edge(edges && kernel.edges && columns % kernel.lanes <= kernel.lanes / 4
+                 ? columns % kernel.lanes
+                 : 0),
+        rounded_to(kernel.panel_depth) {
+    tail_row = ceil_div(columns % width - edge, kernel.lanes) * (row / kPanelVectors);
+  }
 
   // Part `index` of `parts`, of nearly equal width: its first panel and past its last one.
   std::pair<int64_t, int64_t> part(int64_t parts, int64_t index) const {
@@ -43,16 +49,25 @@ struct PanelShape {
     return {cut(index), cut(index + 1)};
   }
   int64_t rows(int64_t depth) const { return ceil_div(depth, rounded_to) * rounded_to; }
-  int64_t packed_size(int64_t depth) const { return rows(depth) * (full * row + tail_row); }
+  int64_t tail_size(int64_t depth) const { return rows(depth) * (tail_row + edge); }
+  int64_t packed_size(int64_t depth) const { return rows(depth) * full * row + tail_size(depth); }
   template <class T>
   Panels<T> packed(const T* data, int64_t depth) const {
     const int64_t step = rows(depth) * row;
-    return {data, step, row, full, data + full * step, tail_row};
+    return panels(data, step, row, data + full * step, depth);
   }
   // A row-major matrix as it stands; only its tail panel has been packed.
   template <class T>
-  Panels<T> in_place(const T* matrix, int64_t columns, const T* tail) const {
-    return {matrix, row, columns, full, tail, tail_row};
+  Panels<T> in_place(const T* matrix, int64_t depth, const T* tail) const {
+    return panels(matrix, row, columns, tail, depth);
+  }
+
+ private:
+  template <class T>
+  Panels<T> panels(const T* data, int64_t step, int64_t row_step, const T* tail,
+                   int64_t depth) const {
+    return {data,        step, row_step, full, tail, tail_row, tail + rows(depth) * tail_row,
+            rows(depth), edge};
   }
 };
 

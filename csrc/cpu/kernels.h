@@ -21,7 +21,8 @@ struct Columns {
 };
 
 // The panels of a matrix B. Row k of panel p starts at at(p) + k * step(p), or the rows around it
-// do whose place they share: `panel_depth` of Kernels.
+// do whose place they share: `panel_depth` of Kernels. A few columns that would take a vector of
+// their own may be left out of the tail: as the rows of a matrix, `edge`.
 template <class T>
 struct Panels {
   const T* data;
@@ -30,9 +31,21 @@ struct Panels {
   int64_t full;   // panels before the tail
   const T* tail;  // the last panel where it is narrower than four vectors
   int64_t tail_row_step;
+  const T* edge = nullptr;  // the last columns: (`edge_columns`, K)
+  int64_t edge_step = 0;
+  int64_t edge_columns = 0;
 
   const T* at(int64_t p) const { return p < full ? data + p * panel_step : tail; }
   int64_t step(int64_t p) const { return p < full ? row_step : tail_row_step; }
+  bool has_edge(int64_t p) const { return p >= full && edge_columns > 0; }
+  // Those of the rows from k on.
+  Panels from_row(int64_t k) const {
+    Panels rest = *this;
+    rest.data += k * row_step;
+    rest.tail += k * tail_row_step;
+    if (edge) rest.edge += k;
+    return rest;
+  }
 };
 
 // Memory to bring into L2 while tiles are multiplied, some of it with each; `run` and `place` are
@@ -121,6 +134,7 @@ struct Kernels {
   int64_t lanes;  // VL
   // Panels in memory: elements of a row of four vectors, and the rows that they hold a multiple of.
   int64_t panel_row, panel_depth;
+  bool edges;           // whether panels may have one
   double panel_cycles;  // of one row of A for one row of a panel
   int64_t tile_rows;    // rows of A are multiplied that many at a time, or as if they were
   // A weight gradient goes in passes of `strip_depth` rows of dz (in float32 their partial sums

@@ -217,6 +217,51 @@ FASTLSTM_INLINE void multiply(const T* const (&a)[M], int64_t depth, const T* b,
   copy(total, sums);
 }
 
+// sums[m], in its first lanes: sum_k a[m][k] * edge[j * step + k] for the columns j < W of an edge.
+template <class T, int M, int W>
+__attribute__((noinline)) void add_edge(const T* const (&a)[M], int64_t depth, const T* edge,
+                                        int64_t step, Vec<T> (&sums)[M]) {
+  constexpr int VL = lanes<T>(), kRounded = (M * W + VL - 1) / VL * VL;
+  Vec<T> products[M][W];
+  clear(products);
+  for (int64_t k = 0; k < depth; k += VL)
+    with_lanes<T>(depth - k, [&](auto part) FASTLSTM_INLINE_LAMBDA {
+      Vec<T> row[M];
+      unrolled<M>([&](auto m) FASTLSTM_INLINE_LAMBDA { row[m] = part.get(a[m] + k); });
+      unrolled<W>([&](auto j) FASTLSTM_INLINE_LAMBDA {
+        const Vec<T> column = part.get(edge + j * step + k);
+        unrolled<M>([&](auto m) FASTLSTM_INLINE_LAMBDA {
+          products[m][j] = fma(row[m], column, products[m][j]);
+        });
+      });
+    });
+  Vec<T> each[kRounded] = {};
+  for_sums<M, W>([&](auto m, auto j) FASTLSTM_INLINE_LAMBDA { each[m * W + j] = products[m][j]; });
+  T found[kRounded];
+  for (int i = 0; i < kRounded; i += VL) store(found + i, sum_each<T>(each + i));
+  for (int m = 0; m < M; ++m) sums[m] += load(found + m * W, int64_t(W));
+}
+
+// sums[m][v] += sum_k a[m][k] B[k][...] for the vectors of panel p, whose last one is an edge.
+template <class T, int M, int V>
+FASTLSTM_INLINE void multiply_to_edge(const T* const (&a)[M], int64_t depth, const Panels<T>& b,
+                                      int64_t p, const T* ahead, Vec<T> (&sums)[M][V]) {
+  if constexpr (V > 1) {
+    Vec<T> before[M][V - 1];
+    for_sums<M, V - 1>([&](auto m, auto v) FASTLSTM_INLINE_LAMBDA { before[m][v] = sums[m][v]; });
+    add_chains<T>(a, depth, b.at(p), b.step(p), ahead, before);
+    for_sums<M, V - 1>([&](auto m, auto v) FASTLSTM_INLINE_LAMBDA { sums[m][v] = before[m][v]; });
+  }
+  if constexpr (lanes<T>() >= 4) {
+    Vec<T> last[M];
+    for (int m = 0; m < M; ++m) last[m] = sums[m][V - 1];
+    with_int<lanes<T>() / 4>(b.edge_columns, [&](auto columns) {
+      add_edge<T, M, decltype(columns)::value>(a, depth, b.edge, b.edge_step, last);
+    });
+    for (int m = 0; m < M; ++m) sums[m][V - 1] = last[m];
+  }
+}
+
 // ---- pack and transpose -------------------------------------------------------------------------
 
 template <class V>
@@ -280,13 +325,19 @@ void pack_rows(Rows<const S> b, int64_t k0, int64_t count, int64_t columns, int6
   constexpr int VL = lanes<T>();
   for (int64_t p = p0; p < p1; ++p) {
     const int64_t first = p * kPanelVectors * VL;
-    const int64_t step = to.step(p);
+    const int64_t step = to.step(p), edge = to.has_edge(p) ? to.edge_columns : 0;
     T* out = const_cast<T*>(to.at(p)) + k0 * step;
     for (int64_t k = 0; k < count; ++k, out += step) {
       const S* from = b.row(k) + first;
       for (int64_t v = 0; v < step; v += VL) {
         const int64_t left = columns - first - v;
         store(out + v, left >= VL ? load(from + v) : load(from + v, left));
+      }
+      if (edge > 0) {
+        T last[VL];
+        store(last, load(from + step, edge));
+        for (int64_t j = 0; j < edge; ++j)
+          const_cast<T*>(to.edge)[j * to.edge_step + k0 + k] = last[j];
       }
     }
   }
@@ -315,12 +366,19 @@ void pack_columns(Matrix<T> matrix, int64_t depth, int64_t columns, int64_t p0, 
                   Panels<T> to) {
   constexpr int VL = lanes<T>();
   with_elements(matrix, [&](auto* w) {
-    for (int64_t p = p0; p < p1; ++p)
+    for (int64_t p = p0; p < p1; ++p) {
       for (int64_t v = 0; v < to.step(p); v += VL) {
         const int64_t first = p * kPanelVectors * VL + v;
         transpose_strip<T>(w + first * depth, depth, columns - first, depth,
                            const_cast<T*>(to.at(p)) + v, to.step(p), VL);
       }
+      for (int64_t j = 0; to.has_edge(p) && j < to.edge_columns; ++j)
+        for (int64_t k = 0; k < depth; k += VL)
+          with_lanes<T>(depth - k, [&](auto part) {
+            part.put(const_cast<T*>(to.edge) + j * to.edge_step + k,
+                     part.get(w + (columns - to.edge_columns + j) * depth + k));
+          });
+    }
   });
 }
 
@@ -359,50 +417,52 @@ void one_pass(const Product<T>& in, int64_t m0, int64_t m1, int64_t p0, int64_t 
     const int64_t step = in.b.step(p);
     const int64_t first = p * (in.columns.gates ? VL : kPanelVectors * VL);
     const int64_t vector_step = in.columns.gates ? in.columns.count : VL;
-    with_int<kPanelVectors>(
-        step / VL < kPanelVectors && p >= in.b.full ? step / VL : kPanelVectors, [&](auto vectors) {
-          constexpr int V = decltype(vectors)::value;
-          int64_t width[V];  // valid lanes of each vector
-          for (int v = 0; v < V; ++v) {
-            const int64_t left = in.columns.count - first - (in.columns.gates ? 0 : v * VL);
-            width[v] = left < VL ? left : VL;
-          }
-          const bool whole = width[V - 1] == VL;
-          for_tiles(m0, m1, [&](int64_t m, auto rows) {
-            constexpr int M = decltype(rows)::value;
-            const T* a[M];
-            T* c[M];
-            Vec<T> sums[M][V];
-            for (int r = 0; r < M; ++r) {
-              a[r] = in.a.row(m + r);
-              c[r] = in.c.row(m + r) + first;
-            }
-            unrolled<V>([&](auto v) FASTLSTM_INLINE_LAMBDA {
-              Vec<T> start{};
-              if (in.start) start = load(in.start + first + v * vector_step, width[v]);
-              unrolled<M>([&](auto r) FASTLSTM_INLINE_LAMBDA { sums[r][v] = start; });
-            });
-            // C comes from afar; ask for it before it is needed. A vector may lie in two cache
-            // lines.
-            for (int r = 0; r < M; ++r)
-              for (int v = 0; v < V; ++v) {
-                __builtin_prefetch(c[r] + v * vector_step, 1, 3);
-                __builtin_prefetch(c[r] + v * vector_step + VL - 1, 1, 3);
-              }
-            const T* ahead = next_part(next, m - m0, in.depth);
-            if (in.ahead)
-              ahead =
-                  static_cast<const T*>(next_part(in.ahead, in.depth * kPrefetched<T> * sizeof(T)));
-            multiply<T, M, V>(a, in.depth, b, step, ahead, sums);
-            for_sums<M, V>([&](auto r, auto v) FASTLSTM_INLINE_LAMBDA {
-              T* to = c[r] + v * vector_step;
-              if (whole)
-                store(to, in.accumulate ? sums[r][v] + load(to) : sums[r][v]);
-              else
-                store(to, in.accumulate ? sums[r][v] + load(to, width[v]) : sums[r][v], width[v]);
-            });
-          });
+    const bool edge = in.b.has_edge(p);
+    with_int<kPanelVectors>(p < in.b.full ? kPanelVectors : step / VL + edge, [&](auto vectors) {
+      constexpr int V = decltype(vectors)::value;
+      int64_t width[V];  // valid lanes of each vector
+      for (int v = 0; v < V; ++v) {
+        const int64_t left = in.columns.count - first - (in.columns.gates ? 0 : v * VL);
+        width[v] = left < VL ? left : VL;
+      }
+      const bool whole = width[V - 1] == VL;
+      for_tiles(m0, m1, [&](int64_t m, auto rows) {
+        constexpr int M = decltype(rows)::value;
+        const T* a[M];
+        T* c[M];
+        Vec<T> sums[M][V];
+        for (int r = 0; r < M; ++r) {
+          a[r] = in.a.row(m + r);
+          c[r] = in.c.row(m + r) + first;
+        }
+        unrolled<V>([&](auto v) FASTLSTM_INLINE_LAMBDA {
+          Vec<T> start{};
+          if (in.start) start = load(in.start + first + v * vector_step, width[v]);
+          unrolled<M>([&](auto r) FASTLSTM_INLINE_LAMBDA { sums[r][v] = start; });
         });
+        // C comes from afar; ask for it before it is needed. A vector may lie in two cache
+        // lines.
+        for (int r = 0; r < M; ++r)
+          for (int v = 0; v < V; ++v) {
+            __builtin_prefetch(c[r] + v * vector_step, 1, 3);
+            __builtin_prefetch(c[r] + v * vector_step + VL - 1, 1, 3);
+          }
+        const T* ahead = next_part(next, m - m0, in.depth);
+        if (in.ahead)
+          ahead = static_cast<const T*>(next_part(in.ahead, in.depth * kPrefetched<T> * sizeof(T)));
+        if (edge)
+          multiply_to_edge<T, M, V>(a, in.depth, in.b, p, ahead, sums);
+        else
+          multiply<T, M, V>(a, in.depth, b, step, ahead, sums);
+        for_sums<M, V>([&](auto r, auto v) FASTLSTM_INLINE_LAMBDA {
+          T* to = c[r] + v * vector_step;
+          if (whole)
+            store(to, in.accumulate ? sums[r][v] + load(to) : sums[r][v]);
+          else
+            store(to, in.accumulate ? sums[r][v] + load(to, width[v]) : sums[r][v], width[v]);
+        });
+      });
+    });
   }
 }
 
@@ -419,8 +479,7 @@ void product(const Product<T>& in, int64_t m0, int64_t m1, int64_t p0, int64_t p
     const int64_t k = in.depth * i / passes;
     pass.depth = in.depth * (i + 1) / passes - k;
     pass.a.data = in.a.data + k;
-    pass.b.data = in.b.data + k * in.b.row_step;
-    pass.b.tail = in.b.tail + k * in.b.tail_row_step;
+    pass.b = in.b.from_row(k);
     one_pass(pass, m0, m1, p0, p1);
     pass.start = nullptr;
     pass.accumulate = true;
@@ -926,8 +985,11 @@ void step_backward(const StepBackward<T>& in, int64_t n0, int64_t n1, int64_t p0
               }
             const T* a[M];
             for (int r = 0; r < M; ++r) a[r] = in.next.at(0, n + r);
-            multiply<T, M, V>(a, in.depth, in.w.at(p), in.w.step(p),
-                              next_part(in.w.at(next), n - n0, in.depth), sums);
+            const T* ahead = next_part(in.w.at(next), n - n0, in.depth);
+            if (in.w.has_edge(p))
+              multiply_to_edge<T, M, V>(a, in.depth, in.w, p, ahead, sums);
+            else
+              multiply<T, M, V>(a, in.depth, in.w.at(p), in.w.step(p), ahead, sums);
           }
           copy(sums, dh);
           if (in.grad_y.data) add(in.grad_y);
@@ -989,6 +1051,7 @@ constexpr Kernels<T> table() {
   kernels.lanes = lanes<T>();
   kernels.panel_row = kPanelVectors * kernels.lanes;
   kernels.panel_depth = 1;
+  kernels.edges = true;
   kernels.panel_cycles = kPanelVectors / 2.0;  // two fused multiply-adds a cycle
   kernels.tile_rows = 1;
   // Of 512 rows dW was faster than of 256, and of 1024 no faster (benchmarks/NOTES.md).

@@ -663,8 +663,7 @@ inline Product<float> pass_of(const Product<float>& in, int64_t k, int64_t depth
   Product<float> pass = in;
   pass.a.data += k;
   pass.depth = in.depth - k < depth ? in.depth - k : depth;
-  pass.b.data += k * in.b.row_step;
-  pass.b.tail += k * in.b.tail_row_step;
+  pass.b = in.b.from_row(k);
   if (k > 0) {
     pass.start = nullptr;
     pass.accumulate = true;
@@ -785,6 +784,7 @@ constexpr Kernels<float> tiles_table() {
   Kernels<float> kernels = table<float>();
   kernels.panel_row = kPanelVectors * kSide * Numbers::kGiven / 2;
   kernels.panel_depth = kDepthOfTile;
+  kernels.edges = false;
   kernels.panel_cycles = Numbers::kCycles;
   kernels.tile_rows = kSide;
   kernels.strip_rows = 192;
