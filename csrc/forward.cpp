@@ -205,11 +205,11 @@ class ForwardPass {
   }
 
  private:
-  // Panels of the gates of VL units each. In a step, on plain kernels, the last one is a tail if it
-  // has half as many units or fewer: its gates stand beside one another, not on a vector each.
+  // Panels of the gates of VL units each. The last one of a step is a tail if it has half as many
+  // units or fewer: its gates stand beside one another, not on a vector each.
   static PanelShape panels_of_gates(const Sizes& sizes, const Kernels<T>& kernel, bool in_step) {
     const int64_t H = sizes.hidden, VL = kernel.lanes;
-    const bool tail = in_step && !machine_of(kernel).tiles && H % VL * 2 <= VL;
+    const bool tail = in_step && kernel.narrow_end && H % VL * 2 <= VL;
     return {4 * (tail ? H : ceil_div(H, VL) * VL), kernel, false};
   }
   // Elements of such a panel, where whole.

@@ -34,7 +34,7 @@ struct PanelShape {
         count(ceil_div(columns, width)),
         full(columns / width),
         row(kernel.panel_row),
-        edge(edges && kernel.edges && columns % kernel.lanes <= kernel.lanes / 4
+        edge(edges && kernel.narrow_end && columns % kernel.lanes <= kernel.lanes / 4
                  ? columns % kernel.lanes
                  : 0),
         rounded_to(kernel.panel_depth) {

@@ -87,7 +87,7 @@ struct StepForward {
   int64_t hidden;
   int64_t input;        // D, or 0 where `start` already holds the input product
   int64_t output;       // P, the columns of h_prev
-  int64_t full;         // panels before the tail; only step_forward knows one
+  int64_t full;         // panels before a tail (see pack_gates), which step_forward alone takes
   Rows<const T> start;  // (N, 4H); step_n 0 for a bias
   Rows<const T> x;      // (N, D)
   Matrix<T> w_ih;  // gate panels (see pack_gates), or (4H, D) as it is for the two direct steps
@@ -134,7 +134,7 @@ struct Kernels {
   int64_t lanes;  // VL
   // Panels in memory: elements of a row of four vectors, and the rows that they hold a multiple of.
   int64_t panel_row, panel_depth;
-  bool edges;           // whether panels may have one
+  bool narrow_end;      // whether the last panel may be narrow: a tail of gates, or an edge
   double panel_cycles;  // of one row of A for one row of a panel
   int64_t tile_rows;    // rows of A are multiplied that many at a time, or as if they were
   // A weight gradient goes in passes of `strip_depth` rows of dz (in float32 their partial sums
@@ -147,8 +147,8 @@ struct Kernels {
   int64_t (*across_size)(int64_t depth);
 
   // Panels p0 <= p < p1 of W (4H, K) as B = W^T with the gates interleaved, [k][gate][VL], zeros
-  // beyond H, to their place in `to`; or of a tail [k][gate][H % VL], beside one another. True
-  // where all numbers are known to be finite.
+  // beyond H, to their place in `to`; but those of a tail beside one another: [k][gate][H % VL].
+  // True where all numbers are known to be finite.
   bool (*pack_gates)(Matrix<T> w, int64_t hidden, int64_t depth, int64_t p0, int64_t p1,
                      Panels<T> to);
   // Rows k0 <= k < k0 + count of B from b, columns of panels p0 <= p < p1, to their place in `to`.

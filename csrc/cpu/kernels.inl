@@ -597,8 +597,9 @@ FASTLSTM_INLINE void gate_sums(const StepForward<T>& in, int64_t n, int64_t befo
   copy(sums, z);
 }
 
-// Batch rows of a tail at a time.
+// Batch rows of a tail at a time, and the most vectors that its gates take.
 constexpr int64_t kTailRows = 8 * kTileRows;
+constexpr int kTailVectors = 2;
 
 // Rows n0 <= n < n1 of a tail, at most kTailRows, whose gates stand beside one another on V
 // vectors. Cells are those of as many rows at once as fill the lanes. A load of what was stored in
@@ -666,7 +667,7 @@ void step_forward(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p0, 
     const int64_t unit = p * VL;
     if (p >= in.full) {
       for (int64_t n = n0; n < n1; n += kTailRows)
-        with_int<2>((4 * (H - unit) + VL - 1) / VL, [&](auto vectors) {
+        with_int<kTailVectors>((4 * (H - unit) + VL - 1) / VL, [&](auto vectors) {
           constexpr int V = decltype(vectors)::value;
           tail_forward<T, V>(in, n, n1 - n < kTailRows ? n1 : n + kTailRows, p, next);
         });
@@ -1051,7 +1052,7 @@ constexpr Kernels<T> table() {
   kernels.lanes = lanes<T>();
   kernels.panel_row = kPanelVectors * kernels.lanes;
   kernels.panel_depth = 1;
-  kernels.edges = true;
+  kernels.narrow_end = true;
   kernels.panel_cycles = kPanelVectors / 2.0;  // two fused multiply-adds a cycle
   kernels.tile_rows = 1;
   // Of 512 rows dW was faster than of 256, and of 1024 no faster (benchmarks/NOTES.md).

@@ -784,7 +784,7 @@ constexpr Kernels<float> tiles_table() {
   Kernels<float> kernels = table<float>();
   kernels.panel_row = kPanelVectors * kSide * Numbers::kGiven / 2;
   kernels.panel_depth = kDepthOfTile;
-  kernels.edges = false;
+  kernels.narrow_end = false;
   kernels.panel_cycles = Numbers::kCycles;
   kernels.tile_rows = kSide;
   kernels.strip_rows = 192;
