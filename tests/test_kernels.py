@@ -41,8 +41,8 @@ SIZES = sorted(
         *((2, size, 5, 50) for size in (7, 13, 32)),
         (1, 30, 400, 20),
         (2, 97, 97, 97),
-        (3, 300, 5, 9),  # more rows in one step than one pass of a weight gradient takes
-        (3, 300, 17, 50),
+        (2, 530, 5, 9),  # more rows in one step than one pass of a weight gradient takes
+        (2, 530, 17, 50),
         (3, 20, 33, 257),  # a column past whole vectors, and products in passes
         (1, 64, 128, 200),
         # Rows and units enough for products of floats on tiles, where there are any.
