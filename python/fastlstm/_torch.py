@@ -89,12 +89,14 @@ def observed() -> bool:
 
 
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch  # of make_fx(pre_dispatch=True)
+# By names of their own, since every call asks.
+_modes = torch._C._len_torch_dispatch_stack
+_included = torch._C._dispatch_tls_is_dispatch_key_included
 
 
 def seen_by_a_mode() -> bool:
     """Return whether a mode of dispatch, or make_fx with one before it, sees what is called."""
-    included = torch._C._dispatch_tls_is_dispatch_key_included
-    return torch._C._len_torch_dispatch_stack() > 0 or included(_PRE_DISPATCH)
+    return _modes() > 0 or _included(_PRE_DISPATCH)
 
 
 def on_kernels(

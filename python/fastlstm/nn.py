@@ -13,6 +13,7 @@ from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _check, _core, _cuda_layer, _dynamo, _fx, _ops, _tensors, _transforms
@@ -24,17 +25,20 @@ _Module = TypeVar("_Module", bound=torch.nn.Module)
 _State = tuple[Tensor, Tensor]
 
 
+# By names of their own, since every call asks.
+_tracing = torch._C._get_tracing_state
+_transforming = torch._C._are_functorch_transforms_active
+_profiled = torch._C._autograd._profiler_enabled
+
+
 def _observed() -> bool:
     """Return whether a tracer or a transform must see operators of torch."""
     return (
-        torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
+        _tracing() is not None
+        or _transforming()
         or seen_by_a_mode()
-        or torch.autograd.forward_ad._current_level >= 0
+        or forward_ad._current_level >= 0
     )
-
-
-_profiled = torch._C._autograd._profiler_enabled
 
 
 def _infer_seen(*args: Any) -> Any:
@@ -181,21 +185,14 @@ class LSTM(torch.nn.LSTM):
     ) -> tuple[PackedSequence, _State]: ...
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Run over `input`: shapes, results and errors of `torch.nn.LSTM`."""
-        # Read anew at every call, wherever weight_norm, parametrize or functional_call put them.
-        own = self._parameters
-        try:
-            weights: list[Any] = [own[n] for n in self._flat_weights_names]
-        except KeyError:
-            weights = self.__computed_weights()
-        else:
-            # Some fill the list themselves that nn.LSTM computes with.
-            if not (torch.compiler.is_compiling() or all(map(is_, weights, self._flat_weights))):
-                if not self._weights_have_changed():  # type: ignore[no-untyped-call]
-                    weights = list(self._flat_weights)
         if torch.compiler.is_compiling():
-            return self.__traced(input, hx, weights)
+            return self.__traced(input, hx, self.__weights())
+        # Read anew at every call: others are looked for where these are not the parameters.
+        weights: list[Any] = self._flat_weights
+        if not all(map(is_, map(self._parameters.get, self._flat_weights_names), weights)):
+            weights = self.__weights()
         observed = _observed()
-        if observed and torch._C._get_tracing_state() is not None:
+        if observed and _tracing() is not None:
             return super().forward(input, hx)
         run: Any = run_layer
         ragged = isinstance(input, PackedSequence)
@@ -247,10 +244,17 @@ class LSTM(torch.nn.LSTM):
             h, c = self.permute_hidden((h, c), input.unsorted_indices)
         return y, (h, c)
 
-    def __computed_weights(self) -> list[Any]:
-        """Return the weights where some are no parameters."""
-        names = self._flat_weights_names
-        if torch.compiler.is_compiling():
+    def __weights(self) -> list[Any]:
+        """Return the weights, wherever weight_norm, parametrize or functional_call put them."""
+        names, own = self._flat_weights_names, self._parameters
+        compiling = torch.compiler.is_compiling()
+        if all(n in own for n in names):
+            weights: list[Any] = [own[n] for n in names]
+            # Some fill the list themselves that nn.LSTM computes with.
+            if compiling or self._weights_have_changed():  # type: ignore[no-untyped-call]
+                return weights
+            return list(self._flat_weights)
+        if compiling:
             return [getattr(self, n, None) for n in names]
         # As often as nn.LSTM reads them: each reading may draw numbers or step a power iteration.
         self._weights_have_changed()  # type: ignore[no-untyped-call]
@@ -419,7 +423,7 @@ class LSTMCell(torch.nn.LSTMCell):
         if torch.compiler.is_compiling():
             return self.__traced(input, hx, weights)
         observed = _observed()
-        if observed and torch._C._get_tracing_state() is not None:
+        if observed and _tracing() is not None:
             return super().forward(input, hx)
         sizes = (self.input_size, self.hidden_size, 0, 1, 1, False, 2, 0)
         readable = True
