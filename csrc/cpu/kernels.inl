@@ -244,8 +244,9 @@ __attribute__((noinline)) void add_edge(const T* const (&a)[M], int64_t depth, c
 
 // sums[m][v] += sum_k a[m][k] B[k][...] for the vectors of panel p, whose last one is an edge.
 template <class T, int M, int V>
-FASTLSTM_INLINE void multiply_to_edge(const T* const (&a)[M], int64_t depth, const Panels<T>& b,
-                                      int64_t p, const T* ahead, Vec<T> (&sums)[M][V]) {
+FASTLSTM_INLINE void multiply_to_edge(const T* const (&a)[M], [[maybe_unused]] int64_t depth,
+                                      const Panels<T>& b, [[maybe_unused]] int64_t p,
+                                      [[maybe_unused]] const T* ahead, Vec<T> (&sums)[M][V]) {
   if constexpr (V > 1) {
     Vec<T> before[M][V - 1];
     for_sums<M, V - 1>([&](auto m, auto v) FASTLSTM_INLINE_LAMBDA { before[m][v] = sums[m][v]; });
