@@ -427,7 +427,7 @@ void one_pass(const Product<T>& in, int64_t m0, int64_t m1, int64_t p0, int64_t 
         width[v] = left < VL ? left : VL;
       }
       const bool whole = width[V - 1] == VL;
-      for_tiles(m0, m1, [&](int64_t m, auto rows) {
+      const auto tile = [&](auto to_edge, int64_t m, auto rows) FASTLSTM_INLINE_LAMBDA {
         constexpr int M = decltype(rows)::value;
         const T* a[M];
         T* c[M];
@@ -451,7 +451,7 @@ void one_pass(const Product<T>& in, int64_t m0, int64_t m1, int64_t p0, int64_t 
         const T* ahead = next_part(next, m - m0, in.depth);
         if (in.ahead)
           ahead = static_cast<const T*>(next_part(in.ahead, in.depth * kPrefetched<T> * sizeof(T)));
-        if (edge)
+        if constexpr (to_edge)
           multiply_to_edge<T, M, V>(a, in.depth, in.b, p, ahead, sums);
         else
           multiply<T, M, V>(a, in.depth, b, step, ahead, sums);
@@ -462,7 +462,12 @@ void one_pass(const Product<T>& in, int64_t m0, int64_t m1, int64_t p0, int64_t 
           else
             store(to, in.accumulate ? sums[r][v] + load(to, width[v]) : sums[r][v], width[v]);
         });
-      });
+      };
+      // Apart: with both in one function Clang keeps the sums in memory.
+      if (edge)
+        for_tiles(m0, m1, [&](int64_t m, auto rows) { tile(Int<1>(), m, rows); });
+      else
+        for_tiles(m0, m1, [&](int64_t m, auto rows) { tile(Int<0>(), m, rows); });
     });
   }
 }
@@ -961,7 +966,7 @@ void step_backward(const StepBackward<T>& in, int64_t n0, int64_t n1, int64_t p0
     with_int<kPanelVectors>(vectors, [&](auto count) {
       constexpr int V = decltype(count)::value;
       with_lanes<T>(H - first - (V - 1) * VL, [&](auto last) {
-        for_tiles(n0, n1, [&](int64_t n, auto rows) {
+        const auto tile = [&](auto to_edge, int64_t n, auto rows) FASTLSTM_INLINE_LAMBDA {
           constexpr int M = decltype(rows)::value;
           Vec<T> sums[M][V], dh[M][V];
           clear(sums);
@@ -988,7 +993,7 @@ void step_backward(const StepBackward<T>& in, int64_t n0, int64_t n1, int64_t p0
             const T* a[M];
             for (int r = 0; r < M; ++r) a[r] = in.next.at(0, n + r);
             const T* ahead = next_part(in.w.at(next), n - n0, in.depth);
-            if (in.w.has_edge(p))
+            if constexpr (to_edge)
               multiply_to_edge<T, M, V>(a, in.depth, in.w, p, ahead, sums);
             else
               multiply<T, M, V>(a, in.depth, in.w.at(p), in.w.step(p), ahead, sums);
@@ -1001,7 +1006,11 @@ void step_backward(const StepBackward<T>& in, int64_t n0, int64_t n1, int64_t p0
               cell_backward<T>(in, n + r, first + v * VL, dh[r][v], AllLanes());
             cell_backward<T>(in, n + r, first + (V - 1) * VL, dh[r][V - 1], last);
           }
-        });
+        };
+        if (in.w.has_edge(p))
+          for_tiles(n0, n1, [&](int64_t n, auto rows) { tile(Int<1>(), n, rows); });
+        else
+          for_tiles(n0, n1, [&](int64_t n, auto rows) { tile(Int<0>(), n, rows); });
       });
     });
   });
