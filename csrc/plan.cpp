@@ -23,7 +23,7 @@ constexpr double kMostTasks = 64;
 constexpr int64_t kDirectSteps = 4;
 constexpr int64_t kDirectRowsForward = 32;
 constexpr int64_t kDirectRowsBackward = 128;
-constexpr int64_t kDirectRowsBf16 = 8;  // where there are tiles for them
+constexpr int64_t kDirectRowsBf16 = 8;  // where there are kernels for them
 // Forward, a batch of more rows than these vectors of them goes across the lanes; then as many rows
 // (T * N) pay as four vectors side by side hold.
 constexpr double kAcrossBatch = 1.5;

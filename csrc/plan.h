@@ -37,7 +37,7 @@ struct Machine {
   int64_t lanes, strip_depth, tile_rows;
   double cycles;
   double element;
-  bool tiles;  // of AMX
+  bool tiles;  // kernels that multiply sums of terms
 };
 
 template <class T>

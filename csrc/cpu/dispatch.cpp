@@ -51,6 +51,13 @@ bool has_avx2() {
 bool has_avx512() { return has_avx2() && (cpuid(7).b & bit_AVX512F) && os_saves(kZmm); }
 
 #ifdef FASTLSTM_TILES
+constexpr unsigned kDotsBit = 1 << 5;
+bool has_dots() {
+  // Leaf 7 says whether it has a second part, which leaf 7 asked again is for.
+  Registers r;
+  return has_avx512() && cpuid(7).a >= 1 && __get_cpuid_count(7, 1, &r.a, &r.b, &r.c, &r.d) &&
+         (r.a & kDotsBit);
+}
 constexpr uint64_t kTiles = 0x60000;  // XTILECFG and XTILEDATA
 constexpr unsigned kBf16Bit = 1 << 22, kTileBit = 1 << 24;
 bool has_tiles() {
@@ -71,6 +78,8 @@ const Isa kIsas[] = {
     {"avx2", &avx2::kernels_f32, &avx2::kernels_f64, has_avx2},
     {"avx512", &avx512::kernels_f32, &avx512::kernels_f64, has_avx512},
 #ifdef FASTLSTM_TILES
+    {"avx512_bf16", &avx512::kernels_f32, &avx512::kernels_f64, has_dots,
+     &avx512::kernels_bf16_dots},
     {"amx", &avx512::kernels_f32, &avx512::kernels_f64, has_tiles, &avx512::kernels_bf16,
      &avx512::kernels_f32_tiles},
 #endif
@@ -132,7 +141,7 @@ const Kernels<float>& kernels<float>(Use use) {
   const Kernels<float>* own = use == Use::bf16              ? isa.bf16
                               : use == Use::floats_on_tiles ? isa.floats_on_tiles
                                                             : nullptr;
-  if (own && tiles_granted()) return *own;
+  if (own && (own == &avx512::kernels_bf16_dots || tiles_granted())) return *own;
 #else
   (void)use;
 #endif

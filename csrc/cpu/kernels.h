@@ -208,7 +208,9 @@ extern const Kernels<double> kernels_f64;
 namespace avx512 {
 extern const Kernels<float> kernels_f32;
 extern const Kernels<double> kernels_f64;
-// On tiles, where tiles.inl compiles: of values that are bfloat16, and of any.
+// Where tiles.inl compiles: of values that are bfloat16, without tiles and on them, and of any on
+// tiles.
+extern const Kernels<float> kernels_bf16_dots;
 extern const Kernels<float> kernels_bf16;
 extern const Kernels<float> kernels_f32_tiles;
 }  // namespace avx512

@@ -1,8 +1,8 @@
-// Products on AMX tiles, for x86-64 CPUs that have them. Included after kernels.inl, whose cells
-// and transposes it shares.
+// Products of bfloat16 numbers, for x86-64 CPUs that have instructions for them: of AMX tiles, or
+// of AVX-512 (dots). Included after kernels.inl, whose cells and transposes it shares.
 //
 // A tile product adds A (16, 32) B (32, 16) of bfloat16 to C (16, 16) of float, with the sums in
-// float. A number goes in as a sum of bfloat16 terms: see Bf16 and Floats.
+// float. A number goes in as a sum of bfloat16 terms: see Bf16, Floats and Dots.
 //
 // A panel is, for each k-step of 32 and each of its vectors, a tile of B for each term: 16 rows,
 // each of 16 columns of two neighbouring k. Rows of A are cut into tiles of nearly equal height;
@@ -37,6 +37,19 @@ struct Floats {
   static constexpr int64_t kStripDepth = 512;
   static constexpr double kCycles = 1.25;
 };
+// As Bf16, but on vectors: a product takes as long as one of floats and is of two k. With two terms
+// of what is computed it would be no faster than floats, so that is rounded to bfloat16, as torch
+// does.
+struct Dots {
+  static constexpr int kGiven = 1, kComputed = 1;
+  static constexpr int64_t kChain = 0;
+  static constexpr int64_t kStripDepth = 512;
+  static constexpr double kCycles = 1;
+};
+template <class Numbers>
+constexpr bool kOnTiles = true;
+template <>
+constexpr bool kOnTiles<Dots> = false;
 template <class Numbers>
 constexpr int64_t kTileOf = Numbers::kGiven * kTileSize;  // floats of a tile of B, all its terms
 
@@ -66,13 +79,29 @@ FASTLSTM_INLINE void tile_multiply() {
                    "i"(A), "i"(B));
 }
 
+// To each sum of floats the products of two neighbouring k.
+FASTLSTM_INLINE void add_dots(Vec<float>& sums, Vec<float> a, Vec<float> b) {
+  __asm__("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
+}
+
 // Tiles 0 to 3 are sums, 4 and 5 hold A, 6 and 7 B.
 constexpr int kTileA = 4, kTileB = 6;
 
 // The shape of the tiles while it lives: `height` rows of A and of C.
+template <bool OnTiles>
 class TileShape {
  public:
   explicit TileShape(int64_t height) {
+    if constexpr (OnTiles) configure(height);
+  }
+  ~TileShape() {
+    if constexpr (OnTiles) __asm__ volatile("tilerelease");
+  }
+  TileShape(const TileShape&) = delete;
+  TileShape& operator=(const TileShape&) = delete;
+
+ private:
+  static void configure(int64_t height) {
     struct alignas(64) {
       uint8_t palette, start_row, reserved[14];
       uint16_t row_bytes[16];
@@ -85,9 +114,6 @@ class TileShape {
     }
     __asm__ volatile("ldtilecfg %0" ::"m"(shape));
   }
-  ~TileShape() { __asm__ volatile("tilerelease"); }
-  TileShape(const TileShape&) = delete;
-  TileShape& operator=(const TileShape&) = delete;
 };
 
 // ---- rows of A as terms -------------------------------------------------------------------------
@@ -104,12 +130,13 @@ FASTLSTM_INLINE Vec<float> upper_halves(Vec<float> low, Vec<float> high) {
 }
 
 // The floats whose upper halves are the terms of v: its own upper half, that of what is left,
-// rounded, and, in a third, all that is left then. An infinity or NaN has no second and third.
+// rounded, and, in a third, all that is left then. An infinity or NaN has no second and third. A
+// single term is v rounded to nearest, ties to even.
 template <int Terms>
 struct Split {
   Vec<float> term[Terms];
   FASTLSTM_INLINE explicit Split(Vec<float> v) {
-    term[0] = v;
+    term[0] = Terms > 1 ? v : rounded(v);
     if constexpr (Terms > 1) {
       const __m512i twice = _mm512_add_epi32((__m512i)v, (__m512i)v);  // without the sign
       const __mmask16 finite =
@@ -123,6 +150,10 @@ struct Split {
  private:
   static FASTLSTM_INLINE Vec<float> upper(Vec<float> v) {
     return (Vec<float>)((Bits<float>)v & kUpper);
+  }
+  static FASTLSTM_INLINE Vec<float> rounded(Vec<float> v) {
+    const Bits<float> bits = (Bits<float>)v;
+    return (Vec<float>)(v == v ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000);
   }
 };
 
@@ -153,7 +184,8 @@ struct RowTiles {
 template <int Terms>
 struct Left {
   const float* data;
-  int64_t steps;
+  int64_t depth, steps;
+  Left(const float* data, int64_t depth) : data(data), depth(depth), steps(k_steps(depth)) {}
   const float* tile(int64_t t) const { return data + t * steps * Terms * kTileSize; }
 };
 
@@ -175,7 +207,7 @@ FASTLSTM_INLINE Left<Terms> split(const RowTiles& rows, int64_t depth, float* ou
     if (k < depth)
       put(load_some(from + k, depth - k), load_some(from + k + kSide, depth - k - kSide));
   }
-  return {out, steps};
+  return {out, depth};
 }
 
 // The transposed columns m0 <= m < m1 of `count` rows, as terms: `out` is what Left has for their
@@ -242,12 +274,75 @@ FASTLSTM_INLINE void for_each_int(F&& f) {
   }
 }
 
+// Sums of one or two tiles of rows: [row tile][vector of a panel][row][column].
+struct alignas(64) Sums {
+  float of[2][kPanelVectors][kSide][kSide];
+};
+
+// Where the sums of one or two tiles of `height` rows and the vectors of a panel stand: floats from
+// row to row, from vector to vector, from tile to tile.
+struct Place {
+  float* data;
+  int64_t row, vector, tile, height;
+  Place(Sums* sums, int64_t height)
+      : data(&sums->of[0][0][0][0]),
+        row(kSide),
+        vector(kTileSize),
+        tile(kPanelVectors * kTileSize),
+        height(height) {}
+  Place(float* data, int64_t row, int64_t vector, int64_t height)
+      : data(data), row(row), vector(vector), tile(height * row), height(height) {}
+};
+
+// Adds A B to the sums of M tiles of rows by W vectors, by dots, of the k-steps from `s` to `past`.
+template <int M, int W>
+FASTLSTM_INLINE void add_rows_of_dots(const Left<1>& left, int64_t t, const float* b,
+                                      int64_t vectors, int64_t s, int64_t past, const Place& sums) {
+  const int64_t parts = (sums.height + kTileRows - 1) / kTileRows;
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t r0 = sums.height * part / parts, r1 = sums.height * (part + 1) / parts;
+      with_int<kTileRows>(r1 - r0, [&](auto tall) {
+        constexpr int R = decltype(tall)::value;
+        const float* a = left.tile(t + m) + s * kTileSize + r0 * kPairRow;
+        const float* panel = b + s * vectors * kTileSize;
+        float* const to = sums.data + m * sums.tile + r0 * sums.row;
+        Vec<float> sum[R][W];
+        unrolled<R>([&](auto r) FASTLSTM_INLINE_LAMBDA {
+          unrolled<W>([&](auto w) FASTLSTM_INLINE_LAMBDA {
+            sum[r][w] = load((const float*)to + r * sums.row + w * sums.vector);
+          });
+        });
+        for (int64_t k = s; k < past; ++k, a += kTileSize, panel += vectors * kTileSize)
+          for (int64_t i = 0; i < kSide && k * kDepthOfTile + 2 * i < left.depth; ++i) {
+            Vec<float> of_b[W];
+            unrolled<W>([&](auto w) FASTLSTM_INLINE_LAMBDA {
+              of_b[w] = load(panel + w * kTileSize + i * kPairRow);
+            });
+            unrolled<R>([&](auto r) FASTLSTM_INLINE_LAMBDA {
+              const Vec<float> of_a = _mm512_set1_ps(a[r * kPairRow + i]);
+              unrolled<W>([&](auto w)
+                              FASTLSTM_INLINE_LAMBDA { add_dots(sum[r][w], of_a, of_b[w]); });
+            });
+          }
+        unrolled<R>([&](auto r) FASTLSTM_INLINE_LAMBDA {
+          unrolled<W>([&](auto w) FASTLSTM_INLINE_LAMBDA {
+            store(to + r * sums.row + w * sums.vector, sum[r][w]);
+          });
+        });
+      });
+    }
+}
+
 // Adds A B to the sums of M tiles of rows by W tiles of columns, in the same order whatever M and
 // W. `b` is the first of W neighbours among the tiles that a k-step has for so many vectors.
-// Of the k-steps from `s` to `past`; between() comes after each.
+// Of the k-steps from `s` to `past`; between() comes after each. The sums are in tiles, or in
+// memory where there are none; then nothing is to be done between.
 template <class Numbers, int M, int W, int Terms, class Between>
 FASTLSTM_INLINE void add_tiles(const Left<Terms>& left, int64_t t, const float* b, int64_t vectors,
-                               int64_t s, int64_t past, Between&& between) {
+                               int64_t s, int64_t past, const Place& sums, Between&& between) {
+  if constexpr (!kOnTiles<Numbers>)
+    return add_rows_of_dots<M, W>(left, t, b, vectors, s, past, sums);
   constexpr int OfB = Numbers::kGiven;
   constexpr int count = sizeof(kPairs<Terms, OfB>) / sizeof(Pair);
   const float* a[M];
@@ -286,35 +381,15 @@ FASTLSTM_INLINE void add_tiles(const Left<Terms>& left, int64_t t, const float* 
   }
 }
 
-// Sums of one or two tiles of rows: [row tile][vector of a panel][row][column].
-struct alignas(64) Sums {
-  float of[2][kPanelVectors][kSide][kSide];
-};
-
-// Where the sums of one or two tiles of `height` rows and the vectors of a panel stand: floats from
-// row to row, from vector to vector, from tile to tile.
-struct Place {
-  float* data;
-  int64_t row, vector, tile, height;
-  Place(Sums* sums, int64_t height)
-      : data(&sums->of[0][0][0][0]),
-        row(kSide),
-        vector(kTileSize),
-        tile(kPanelVectors * kTileSize),
-        height(height) {}
-  Place(float* data, int64_t row, int64_t vector, int64_t height)
-      : data(data), row(row), vector(vector), tile(height * row), height(height) {}
-};
-
 // The sum of so many k-steps is cut into chains: of the steps from steps * c / chains on.
 template <class Numbers>
 FASTLSTM_INLINE int64_t chains_of(int64_t steps) {
   return Numbers::kChain ? (steps + Numbers::kChain - 1) / Numbers::kChain : 1;
 }
 
-// What add(Int<M>(), first vector, Int<W>(), first k-step, past the last) adds over so many k-steps
-// to the sums of M row tiles and of W vectors from `first` on, which begin with what is there or,
-// if `fresh`, with zeros.
+// What add(Int<M>(), first vector, Int<W>(), first k-step, past the last, sums) adds over so many
+// k-steps to the sums of M row tiles and of W vectors from `first` on, which begin with what is
+// there or, if `fresh`, with zeros.
 template <class Numbers, int M, int W, class Add>
 FASTLSTM_INLINE void sum_tiles(int first, bool fresh, const Place& sums, int64_t steps, Add&& add) {
   constexpr int kWide = M == 2 ? 2 : 4;
@@ -337,7 +412,7 @@ FASTLSTM_INLINE void sum_tiles(int first, bool fresh, const Place& sums, int64_t
       else
         tile_load<decltype(tile)::value>(at, sums.row);
     });
-    add(Int<M>(), first, Int<W>(), steps * c / chains, steps * (c + 1) / chains);
+    add(Int<M>(), first, Int<W>(), steps * c / chains, steps * (c + 1) / chains, sums);
     if (c == 0) {
       store_to(sums);
       continue;
@@ -357,7 +432,15 @@ FASTLSTM_INLINE void sum_tiles(int first, bool fresh, const Place& sums, int64_t
 template <class Numbers, int V, class Add>
 FASTLSTM_INLINE void sum_rows_at(const RowTiles& rows, int64_t t, bool fresh, const Place& sums,
                                  int64_t steps, Add&& add) {
-  if (t + 1 < rows.tiles) {
+  if constexpr (!kOnTiles<Numbers>) {
+    const int64_t tiles = t + 1 < rows.tiles ? 2 : 1;
+    for (int64_t r = 0; fresh && r < tiles * sums.height; ++r)
+      for (int64_t v = 0; v < V; ++v)
+        store(
+            sums.data + r / sums.height * sums.tile + r % sums.height * sums.row + v * sums.vector,
+            Vec<float>{});
+    with_int<2>(tiles, [&](auto tall) { add(tall, 0, Int<V>(), 0, steps, sums); });
+  } else if (t + 1 < rows.tiles) {
     sum_tiles<Numbers, 2, V == 1 ? 1 : 2>(0, fresh, sums, steps, add);
     if constexpr (V > 2) sum_tiles<Numbers, 2, V - 2>(2, fresh, sums, steps, add);
   } else {
@@ -558,9 +641,9 @@ FASTLSTM_INLINE void sum_panel(const Left<Terms>& left, const RowTiles& rows,
     constexpr int V = decltype(many)::value;
     sum_rows_of<Numbers, V>(
         rows, p, left.steps, rest,
-        [&](int64_t t, auto tall, int v, auto wide, int64_t from, int64_t past) {
+        [&](int64_t t, auto tall, int v, auto wide, int64_t from, int64_t past, const Place& of) {
           add_tiles<Numbers, decltype(tall)::value, decltype(wide)::value>(
-              left, t, b.at(p) + v * kTileOf<Numbers>, V, from, past, [&] { rest.some(); });
+              left, t, b.at(p) + v * kTileOf<Numbers>, V, from, past, of, [&] { rest.some(); });
         });
   });
 }
@@ -587,7 +670,7 @@ void product_and_rest(const Left<Terms>& left, const RowTiles& rows, int64_t m,
       });
     }
   };
-  const TileShape shape(rows.height);
+  const TileShape<kOnTiles<Numbers>> shape(rows.height);
   Rest<1, decltype(put)> rest(rows, left.steps, put);
   for (int64_t p = p0; p < p1; ++p) sum_panel<Numbers>(left, rows, in.b, p, rest);
   rest.finish();
@@ -601,7 +684,7 @@ void product_in_place(const Left<Terms>& left, const RowTiles& rows, int64_t m,
   const Rows<float>& c = in.c;
   const bool even = c.batch == 1 || c.step_t == c.batch * c.step_n;
   const int64_t step = c.batch == 1 ? c.step_t : c.step_n;
-  const TileShape shape(rows.height);
+  const TileShape<kOnTiles<Numbers>> shape(rows.height);
   Sums edge;
   for (int64_t p = p0; p < p1; ++p) {
     const float* const b = in.b.at(p);
@@ -628,11 +711,12 @@ void product_in_place(const Left<Terms>& left, const RowTiles& rows, int64_t m,
         if (!whole && in.accumulate) copy(false);
         const Place sums = whole ? Place(c.row(m + row) + first, step, kSide, rows.height)
                                  : Place(&edge, rows.height);
-        sum_rows_at<Numbers, V>(rows, t, !in.accumulate, sums, left.steps,
-                                [&](auto tall, int v, auto wide, int64_t from, int64_t past) {
-                                  add_tiles<Numbers, decltype(tall)::value, decltype(wide)::value>(
-                                      left, t, b + v * kTileOf<Numbers>, V, from, past, [] {});
-                                });
+        sum_rows_at<Numbers, V>(
+            rows, t, !in.accumulate, sums, left.steps,
+            [&](auto tall, int v, auto wide, int64_t from, int64_t past, const Place& of) {
+              add_tiles<Numbers, decltype(tall)::value, decltype(wide)::value>(
+                  left, t, b + v * kTileOf<Numbers>, V, from, past, of, [] {});
+            });
         if (!whole) copy(true);
       }
     });
@@ -674,7 +758,7 @@ inline Product<float> pass_of(const Product<float>& in, int64_t k, int64_t depth
 template <class Numbers>
 void product_of_terms(const Product<float>& in, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
   if (in.strip)
-    return product_of<Numbers>(Left<Numbers::kComputed>{in.a.data, k_steps(in.depth)},
+    return product_of<Numbers>(Left<Numbers::kComputed>(in.a.data, in.depth),
                                RowTiles::of_strip(m1 - m0), m0, in, p0, p1);
   for (int64_t k = 0; k < in.depth; k += kPass)
     (in.given
@@ -709,17 +793,18 @@ void step_forward_of_terms(const StepForward<float>& in, int64_t n0, int64_t n1,
         cells_forward<float, R>(in, n + row, unit, z, part);
       });
     };
-    const TileShape shape(rows.height);
+    const TileShape<kOnTiles<Numbers>> shape(rows.height);
     const auto run = [&](auto&& rest) {
       for_panels(in.step, p0, p1, [&](int64_t p, int64_t) {
-        const auto sums = [&](int64_t t, auto tall, int v, auto wide, int64_t from, int64_t past) {
+        const auto sums = [&](int64_t t, auto tall, int v, auto wide, int64_t from, int64_t past,
+                              const Place& of) {
           // Of the k-steps of x, which come first, and of h, those from `from` to `past`.
           const auto add = [&](const auto& left, const float* w, int64_t first) {
             const int64_t panel = left.steps * V * kTileOf<Numbers>;
             const int64_t begin = from > first ? from - first : 0, end = past - first;
             add_tiles<Numbers, decltype(tall)::value, decltype(wide)::value>(
                 left, t, w + p * panel + v * kTileOf<Numbers>, V, begin,
-                end < left.steps ? end : left.steps, [&] { rest.some(); });
+                end < left.steps ? end : left.steps, of, [&] { rest.some(); });
           };
           add(x, in.w_ih.full(), 0);
           add(h, in.w_hh.full(), x_steps);
@@ -771,7 +856,7 @@ void step_backward_of_terms(const StepBackward<float>& in, int64_t n0, int64_t n
         });
       }
     };
-    const TileShape shape(rows.height);
+    const TileShape<kOnTiles<Numbers>> shape(rows.height);
     Rest<1, decltype(cells)> rest(rows, last_steps, cells);
     for_panels(in.step, p0, p1,
                [&](int64_t p, int64_t) { sum_panel<Numbers>(left, rows, last.b, p, rest); });
@@ -786,7 +871,7 @@ constexpr Kernels<float> tiles_table() {
   kernels.panel_depth = kDepthOfTile;
   kernels.narrow_end = false;
   kernels.panel_cycles = Numbers::kCycles;
-  kernels.tile_rows = kSide;
+  kernels.tile_rows = kOnTiles<Numbers> ? kSide : kTileRows;
   kernels.strip_rows = 192;
   kernels.strip_depth = Numbers::kStripDepth;
   kernels.strip_size = kernels.strip_rows * kernels.strip_depth * Numbers::kComputed / 2;
@@ -807,6 +892,7 @@ constexpr Kernels<float> tiles_table() {
 
 extern const Kernels<float> kernels_bf16 = tiles_table<Bf16>();
 extern const Kernels<float> kernels_f32_tiles = tiles_table<Floats>();
+extern const Kernels<float> kernels_bf16_dots = tiles_table<Dots>();
 
 }  // namespace FASTLSTM_ISA
 }  // namespace fastlstm
