@@ -652,7 +652,12 @@ def test_a_mode_sees_backward_alone(config):
 @pytest.mark.parametrize("autocast", [False, True], ids=["half", "autocast"])
 @pytest.mark.parametrize("cell", [False, True], ids=["LSTM", "LSTMCell"])
 def test_half_precision_under_transforms(dtype, autocast, cell):
-    """As outside of them, with arithmetic in float32."""
+    """As outside of them, with arithmetic in float32.
+
+    There, matrices are floats; dots of bfloat16 round h and the gradients of the gates.
+    """
+    dots = dtype == torch.bfloat16 and _core.active_isa() == "avx512_bf16"
+    rounding = torch.finfo(dtype).eps if dots else 0
     own = F32 if autocast else dtype
     module = (fastlstm.nn.LSTMCell if cell else fastlstm.nn.LSTM)(D, H, dtype=own)
     xs = random(3, N, D, dtype=own) if cell else random(3, T, N, D, dtype=own)
@@ -673,8 +678,8 @@ def test_half_precision_under_transforms(dtype, autocast, cell):
     with torch.autocast("cpu", dtype, enabled=autocast):
         result_dtype = F32 if autocast and cell else dtype  # as of nn.LSTMCell
         assert {t.dtype for t in func.vmap(f)(xs)} == {result_dtype}
-        assert_close(func.vmap(f)(xs), over(f, xs), tolerance=0)
-        assert_close(func.vmap(func.grad(loss))(xs), over(eager, xs)[0], tolerance=0)
+        assert_close(func.vmap(f)(xs), over(f, xs), tolerance=rounding)
+        assert_close(func.vmap(func.grad(loss))(xs), over(eager, xs)[0], tolerance=rounding)
         penalty = func.grad(lambda x: func.grad(loss)(x).float().square().sum())
         eps = torch.finfo(dtype).eps
         assert_close(penalty(xs[0]), eager(xs[0], twice=True), tolerance=eps)

@@ -53,6 +53,15 @@ constexpr bool kOnTiles<Dots> = false;
 template <class Numbers>
 constexpr int64_t kTileOf = Numbers::kGiven * kTileSize;  // floats of a tile of B, all its terms
 
+// In a k-step of a panel, floats from vector to vector and from pair of k to pair. For dots the
+// pairs follow each other, as they are read.
+template <class Numbers>
+constexpr int64_t kVectorStep = kOnTiles<Numbers> ? kTileOf<Numbers> : kPairRow;
+template <class Numbers>
+FASTLSTM_INLINE int64_t pair_step(int64_t vectors) {
+  return kOnTiles<Numbers> ? kPairRow : vectors * kPairRow;
+}
+
 FASTLSTM_INLINE int64_t k_steps(int64_t depth) { return (depth + kDepthOfTile - 1) / kDepthOfTile; }
 
 // ---- instructions -------------------------------------------------------------------------------
@@ -317,7 +326,7 @@ FASTLSTM_INLINE void add_rows_of_dots(const Left<1>& left, int64_t t, const floa
           for (int64_t i = 0; i < kSide && k * kDepthOfTile + 2 * i < left.depth; ++i) {
             Vec<float> of_b[W];
             unrolled<W>([&](auto w) FASTLSTM_INLINE_LAMBDA {
-              of_b[w] = load(panel + w * kTileSize + i * kPairRow);
+              of_b[w] = load(panel + (i * vectors + w) * kPairRow);
             });
             unrolled<R>([&](auto r) FASTLSTM_INLINE_LAMBDA {
               const Vec<float> of_a = _mm512_set1_ps(a[r * kPairRow + i]);
@@ -531,10 +540,10 @@ FASTLSTM_INLINE void for_parts(int64_t m0, int64_t m1, int64_t terms, F&& f) {
 // ---- pack ---------------------------------------------------------------------------------------
 
 // The tiles, of each term one, of B = W^T: `columns` rows of W, from `w` on, and `depth` of their
-// elements.
+// elements; `out_step` from pair of k to pair.
 template <class Numbers, class S>
 FASTLSTM_INLINE void pack_tiles(const S* w, int64_t step, int64_t columns, int64_t depth,
-                                float* out) {
+                                float* out, int64_t out_step) {
   constexpr int Terms = Numbers::kGiven;
   Vec<float> block[Terms][kSide];
   for (int64_t j = 0; j < kSide; ++j) {
@@ -545,7 +554,7 @@ FASTLSTM_INLINE void pack_tiles(const S* w, int64_t step, int64_t columns, int64
   }
   for (int t = 0; t < Terms; ++t, out += kTileSize) {
     transpose_block<float>(block[t]);
-    for (int64_t k = 0; k < kSide; ++k) store(out + k * kPairRow, block[t][k]);
+    for (int64_t k = 0; k < kSide; ++k) store(out + k * out_step, block[t][k]);
   }
 }
 
@@ -556,10 +565,11 @@ bool pack_gates_as_terms(Matrix<float> matrix, int64_t hidden, int64_t depth, in
   with_elements(matrix, [&](auto* w) {
     for (int64_t p = p0; p < p1; ++p) {
       float* out = const_cast<float*>(to.at(p));
-      for (int64_t s = 0; s < steps; ++s)
-        for (int64_t gate = 0; gate < kPanelVectors; ++gate, out += kTileOf<Numbers>)
+      for (int64_t s = 0; s < steps; ++s, out += kPanelVectors * kTileOf<Numbers>)
+        for (int64_t gate = 0; gate < kPanelVectors; ++gate)
           pack_tiles<Numbers>(w + (gate * hidden + p * kSide) * depth + s * kDepthOfTile, depth,
-                              hidden - p * kSide, depth - s * kDepthOfTile, out);
+                              hidden - p * kSide, depth - s * kDepthOfTile,
+                              out + gate * kVectorStep<Numbers>, pair_step<Numbers>(kPanelVectors));
     }
   });
   return false;
@@ -577,12 +587,13 @@ void pack_columns_as_terms(Matrix<float> matrix, int64_t depth, int64_t columns,
   with_elements(matrix, [&](auto* w) {
     for (int64_t p = p0; p < p1; ++p) {
       const int64_t vectors = vectors_of<Numbers>(to, p);
-      for (int64_t s = 0; s < k_steps(depth); ++s)
+      float* out = const_cast<float*>(to.at(p));
+      for (int64_t s = 0; s < k_steps(depth); ++s, out += vectors * kTileOf<Numbers>)
         for (int64_t v = 0; v < vectors; ++v) {
           const int64_t first = (p * kPanelVectors + v) * kSide;
           pack_tiles<Numbers>(w + first * depth + s * kDepthOfTile, depth, columns - first,
-                              depth - s * kDepthOfTile,
-                              const_cast<float*>(to.at(p)) + (s * vectors + v) * kTileOf<Numbers>);
+                              depth - s * kDepthOfTile, out + v * kVectorStep<Numbers>,
+                              pair_step<Numbers>(vectors));
         }
     }
   });
@@ -599,7 +610,7 @@ void pack_rows_as_terms(Rows<const S> b, int64_t k0, int64_t count, int64_t colu
     for (int64_t k = k0; k < cleared;) {
       float* const out = const_cast<float*>(to.at(p)) +
                          k / kDepthOfTile * vectors * kTileOf<Numbers> +
-                         k % kDepthOfTile / 2 * kPairRow;
+                         k % kDepthOfTile / 2 * pair_step<Numbers>(vectors);
       const bool here = k < end, pair = k % 2 == 0 && k + 1 < end;
       const S* const row = here ? b.row(k - k0) + first : nullptr;
       const S* const after = pair ? b.row(k + 1 - k0) + first : nullptr;
@@ -610,7 +621,7 @@ void pack_rows_as_terms(Rows<const S> b, int64_t k0, int64_t count, int64_t colu
         };
         const auto even = split(k % 2 ? nullptr : row), odd = split(k % 2 ? row : after);
         for (int t = 0; t < Numbers::kGiven; ++t) {
-          float* const place = out + v * kTileOf<Numbers> + t * kTileSize;
+          float* const place = out + v * kVectorStep<Numbers> + t * kTileSize;
           const Vec<float> words = words_of(even.term[t], odd.term[t]);
           if (k % 2 == 0)
             store(place, words);
