@@ -88,7 +88,8 @@ FASTLSTM_INLINE void tile_multiply() {
                    "i"(A), "i"(B));
 }
 
-// To each sum of floats the products of two neighbouring k.
+// To each sum of floats the products of two neighbouring k. In assembly, since the compiler is to
+// use such instructions nowhere else in this file.
 FASTLSTM_INLINE void add_dots(Vec<float>& sums, Vec<float> a, Vec<float> b) {
   __asm__("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
 }
@@ -145,7 +146,7 @@ template <int Terms>
 struct Split {
   Vec<float> term[Terms];
   FASTLSTM_INLINE explicit Split(Vec<float> v) {
-    term[0] = Terms > 1 ? v : rounded(v);
+    term[0] = Terms > 1 ? v : (Vec<float>)rounded_to_bfloat16(v);
     if constexpr (Terms > 1) {
       const __m512i twice = _mm512_add_epi32((__m512i)v, (__m512i)v);  // without the sign
       const __mmask16 finite =
@@ -159,10 +160,6 @@ struct Split {
  private:
   static FASTLSTM_INLINE Vec<float> upper(Vec<float> v) {
     return (Vec<float>)((Bits<float>)v & kUpper);
-  }
-  static FASTLSTM_INLINE Vec<float> rounded(Vec<float> v) {
-    const Bits<float> bits = (Bits<float>)v;
-    return (Vec<float>)(v == v ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000);
   }
 };
 

@@ -253,11 +253,14 @@ FASTLSTM_INLINE Vec<float> load(const BFloat16* p) {
   __builtin_memcpy(&halves, p, sizeof halves);
   return (Vec<float>)(__builtin_convertvector(halves, Bits<float>) << 16);
 }
-FASTLSTM_INLINE void store(BFloat16* p, Vec<float> v) {
+// Bits whose upper halves are v in bfloat16, to nearest, ties to even.
+FASTLSTM_INLINE Bits<float> rounded_to_bfloat16(Vec<float> v) {
   const Bits<float> bits = (Bits<float>)v;
   const Bits<float> rounded = bits + 0x7fff + (bits >> 16 & 1), quiet = bits | 0x400000;
-  const Bits<float> kept = v == v ? rounded : quiet;
-  const Halves halves = __builtin_convertvector(kept >> 16, Halves);
+  return v == v ? rounded : quiet;
+}
+FASTLSTM_INLINE void store(BFloat16* p, Vec<float> v) {
+  const Halves halves = __builtin_convertvector(rounded_to_bfloat16(v) >> 16, Halves);
   __builtin_memcpy(p, &halves, sizeof halves);
 }
 template <class Half>
