@@ -694,7 +694,12 @@ void step_forward(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p0, 
         };
         Vec<T> z[M][4];
         gate_sums<T>(in, n, n - n0, p, next, start, z);
-        for (int r = 0; r < M; ++r) cells_forward<T, 1>(in, n + r, unit, z + r, part);
+        // Rows together, so that their chains of operations overlap; but the stores of what
+        // training keeps of so many would come at once, and wait for memory.
+        if (M > 3 && (in.gates.data || in.half_gates.data))
+          for (int r = 0; r < M; ++r) cells_forward<T, 1>(in, n + r, unit, z + r, part);
+        else
+          cells_forward<T, M>(in, n, unit, z, part);
       });
     });
   });

@@ -55,21 +55,22 @@ FASTLSTM_INLINE Vec<T> polynomial(Vec<T> x, const T (&c)[N]) {
   return sum;
 }
 
-// exp(x) = 2^n (1 + expm1). n is rounded by a sum so large that n plus the exponent's bias stand in
-// its lowest bits: one shift from there to scale = 2^(n - Shift).
+// exp(Factor x) = 2^n (1 + expm1). n is rounded by a sum so large that n plus the exponent's bias
+// stand in its lowest bits: one shift from there to scale = 2^(n - Shift).
 template <class T>
 struct Reduced {
   Vec<T> n;
   Vec<T> scale;
   Vec<T> expm1;
 };
-template <class T, int Shift = 0>
+template <class T, int Factor, int Shift = 0>
 FASTLSTM_INLINE Reduced<T> reduce(Vec<T> x) {
   using E = Exp<T>;
   const Vec<T> round = broadcast(E::kRound + (E::kBias - Shift));
-  const Vec<T> biased = fma(x, broadcast(E::kLog2e), round);
+  const Vec<T> biased = fma(x, broadcast(Factor * E::kLog2e), round);
   const Vec<T> n = biased - round;
-  Vec<T> r = fma(n, broadcast(-E::kLn2Hi), x);
+  // The outer sign goes into the instruction, where one of x before would take its own.
+  Vec<T> r = -fma(n, broadcast(E::kLn2Hi), x * T(-Factor));
   r = fma(n, broadcast(-E::kLn2Lo), r);
   const Vec<T> scale = (Vec<T>)((Bits<T>)biased << E::kMantissa);
   return {n, scale, fma(r * r, polynomial<T>(r, E::q), r)};
@@ -79,7 +80,7 @@ FASTLSTM_INLINE Reduced<T> reduce(Vec<T> x) {
 template <class T>
 FASTLSTM_INLINE Vec<T> exp(Vec<T> x) {
   x = at_least(at_most(x, broadcast(Exp<T>::kHighest)), broadcast(Exp<T>::kLowest));
-  const Reduced<T> e = reduce<T>(x);
+  const Reduced<T> e = reduce<T, 1>(x);
   return ldexp(e.expm1 + T(1), e.n);
 }
 
@@ -91,7 +92,7 @@ FASTLSTM_INLINE Vec<T> sigmoid(Vec<T> x) {
   constexpr int kShift = Exp<T>::kMantissa + 1;
   const Vec<T> one = broadcast(T(1) / T(int64_t(1) << kShift));
   x = at_least(at_most(x, broadcast(Exp<T>::kSigmoidOne)), broadcast(Exp<T>::kLowest));
-  const Reduced<T> e = reduce<T, kShift>(-x);
+  const Reduced<T> e = reduce<T, -1, kShift>(x);
   // 1 + scale (1 + expm1), rounded once where 1 + scale is exact and as good as once elsewhere.
   const Vec<T> high = e.scale + one, low = (e.scale - high) + one;
   return one / (high + fma(e.scale, e.expm1, low));
@@ -102,7 +103,7 @@ template <class T>
 FASTLSTM_INLINE Vec<T> tanh(Vec<T> x) {
   const Bits<T> sign = (Bits<T>)x & (Bits<T>)broadcast(T(-0.0));
   const Vec<T> abs = at_most((Vec<T>)((Bits<T>)x ^ sign), broadcast(Exp<T>::kTanhOne));
-  const Reduced<T> e = reduce<T>(-(abs + abs));
+  const Reduced<T> e = reduce<T, -2>(abs);
   const Vec<T> part = fma(-e.scale, e.expm1, T(1) - e.scale);
   const Vec<T> whole = fma(e.scale, e.expm1, T(1) + e.scale);
   return (Vec<T>)((Bits<T>)(part / whole) | sign);
