@@ -121,10 +121,15 @@ FASTLSTM_INLINE Rows<const S> rows_of(const S* matrix, int64_t columns) {
   return {matrix, columns};
 }
 
+template <class T>
+constexpr int64_t kLine = 64 / int64_t(sizeof(T));  // elements of a cache line
+// For __builtin_prefetch, of what the cells of a tile take: L1 or, where it is more, L2.
+constexpr int kNear = kVectorBytes > 32 ? 2 : 3;
+
 // Panels that do not fit into L2 come from afar. Each tile of a panel brings in one part of the
 // next panel.
 template <class T>
-constexpr int64_t kPrefetched = 64 / int64_t(sizeof(T)) / 2;  // elements per k
+constexpr int64_t kPrefetched = kLine<T> / 2;  // elements per k
 template <class T>
 FASTLSTM_INLINE const T* next_part(const T* next, int64_t row, int64_t depth) {
   return next + row / kTileRows * depth * kPrefetched<T>;
@@ -986,9 +991,9 @@ void step_backward(const StepBackward<T>& in, int64_t n0, int64_t n1, int64_t p0
             // What comes after the product comes from afar, from another program's data if the
             // last level is shared; its loads cannot begin before the product ends.
             for (int r = 0; r < M; ++r)
-              for (int64_t unit = first; unit < first + V * VL; unit += VL) {
+              for (int64_t unit = first; unit < first + V * VL; unit += kLine<T>) {
                 const auto ask = [&](Rows<const T> from, int64_t place) {
-                  __builtin_prefetch(from.at(0, n + r) + place, 0, 2);
+                  __builtin_prefetch(from.at(0, n + r) + place, 0, kNear);
                 };
                 if (in.grad_y.data) ask(in.grad_y, unit);
                 if (in.gates.data)
