@@ -13,6 +13,7 @@ constexpr double kL2Bytes = 512 << 10;   // what a core's own cache holds beside
 constexpr double kL2BytesForTiles = 2 << 20;  // for kernels on tiles, whose CPUs have more
 constexpr double kNearBytesPerCycle = 32;     // from L2
 constexpr double kFarBytesPerCycle = 8;       // from L3 or memory
+constexpr double kFarShown = 1.0 / 3;         // of that, what does not hide behind the product
 constexpr double kCellCycles = 100;           // gates, c and h of one vector of units
 // Threads that share rows wait for the slowest of them at every step; others take tasks from it.
 constexpr double kWait = 1.1;
@@ -80,9 +81,11 @@ double step_cycles(const Sizes& s, const Machine& m, const StepWork& work, int r
   const double bytes = panels * work.depth * double(4 * m.lanes) * m.element;
   // To and fro through the panels: of each step, what fits is still there from the one before.
   const double near = std::min(bytes, m.tiles ? kL2BytesForTiles : kL2Bytes);
-  const double reading = near / kNearBytesPerCycle + (bytes - near) / kFarBytesPerCycle;
+  const double far = (bytes - near) / kFarBytesPerCycle;
+  const double reading = near / kNearBytesPerCycle + far;
   const double multiplied = double(ceil_div(ceil_div(s.batch, rows), m.tile_rows) * m.tile_rows);
-  const double product = std::max(panels * multiplied * work.depth * m.cycles, reading);
+  const double product =
+      std::max(panels * multiplied * work.depth * m.cycles, reading) + kFarShown * far;
   const double own = product + panels * batch * kCellCycles + work.spread / (rows * columns);
   return columns > 1 && s.steps > 1 ? kWait * own + kBarrierCycles : own;
 }

@@ -151,3 +151,10 @@ def test_the_obvious_cases(isa, sizes, split, backward):
     plan = _core.plan(*sizes, 2, 4, backward)
     expected = {"serial": (1, 1), "rows": (2, 1), "panels": (1, 2)}[split]
     assert (plan["row_groups"], plan["panel_groups"]) == expected
+
+
+def test_few_rows_and_far_weights(isa):
+    """Each thread would read all weights from L3 in every step, for ten rows."""
+    plan = _core.plan(35, 20, 650, 650, 2, 4, False)
+    slow = isa == "generic"  # the product takes longer than that
+    assert (plan["row_groups"], plan["panel_groups"]) == ((2, 1) if slow else (1, 2))
