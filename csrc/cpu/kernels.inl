@@ -127,12 +127,14 @@ constexpr int64_t kLine = 64 / int64_t(sizeof(T));  // elements of a cache line
 constexpr int kNear = kVectorBytes > 32 ? 2 : 3;
 
 // Panels that do not fit into L2 come from afar. Each tile of a panel brings in one part of the
-// next panel.
+// next panel, those after its end the last one again.
 template <class T>
 constexpr int64_t kPrefetched = kLine<T> / 2;  // elements per k
 template <class T>
 FASTLSTM_INLINE const T* next_part(const T* next, int64_t row, int64_t depth) {
-  return next + row / kTileRows * depth * kPrefetched<T>;
+  constexpr int64_t kLast = kPanelVectors * lanes<T>() / kPrefetched<T> - 1;
+  const int64_t part = row / kTileRows;
+  return next + (part < kLast ? part : kLast) * depth * kPrefetched<T>;
 }
 
 // The next `bytes` of what is to be brought in; at its end, what is behind it.
