@@ -300,42 +300,44 @@ struct Place {
       : data(data), row(row), vector(vector), tile(height * row), height(height) {}
 };
 
-// Adds A B to the sums of M tiles of rows by W vectors, by dots, of the k-steps from `s` to `past`.
-template <int M, int W>
-FASTLSTM_INLINE void add_rows_of_dots(const Left<1>& left, int64_t t, const float* b,
-                                      int64_t vectors, int64_t s, int64_t past, const Place& sums) {
+// Adds A B, of `pairs` pairs of k, to the sums of R rows by the W vectors of a panel. Never
+// inlined: in some callers GCC then keeps the sums in memory, which takes three times as long.
+template <int R, int W>
+__attribute__((noinline)) void add_dots_of_rows(const float* a, const float* b, int64_t pairs,
+                                                float* to, int64_t row, int64_t vector) {
+  Vec<float> sums[R][W];
+  for_sums<R, W>([&](auto r, auto w) FASTLSTM_INLINE_LAMBDA {
+    sums[r][w] = load((const float*)to + r * row + w * vector);
+  });
+  for (; pairs > 0; pairs -= kSide, a += kTileSize) {
+    const int64_t count = pairs < kSide ? pairs : kSide;
+    for (int64_t i = 0; i < count; ++i, b += W * kPairRow) {
+      Vec<float> of_b[W];
+      unrolled<W>([&](auto w) FASTLSTM_INLINE_LAMBDA { of_b[w] = load(b + w * kPairRow); });
+      unrolled<R>([&](auto r) FASTLSTM_INLINE_LAMBDA {
+        const Vec<float> of_a = _mm512_set1_ps(a[r * kPairRow + i]);
+        unrolled<W>([&](auto w) FASTLSTM_INLINE_LAMBDA { add_dots(sums[r][w], of_a, of_b[w]); });
+      });
+    }
+  }
+  for_sums<R, W>([&](auto r, auto w)
+                     FASTLSTM_INLINE_LAMBDA { store(to + r * row + w * vector, sums[r][w]); });
+}
+
+// Adds A B to the sums of M tiles of rows by all W vectors of a panel, by dots, of the k-steps from
+// `s` to `past`.
+template <int W>
+void add_tiles_of_dots(const Left<1>& left, int64_t t, int64_t tiles, const float* b, int64_t s,
+                       int64_t past, const Place& sums) {
   const int64_t parts = (sums.height + kTileRows - 1) / kTileRows;
-  for (int64_t m = 0; m < M; ++m)
+  const int64_t all = (left.depth + 1) / 2, end = past * kSide < all ? past * kSide : all;
+  for (int64_t m = 0; m < tiles; ++m)
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t r0 = sums.height * part / parts, r1 = sums.height * (part + 1) / parts;
-      with_int<kTileRows>(r1 - r0, [&](auto tall) {
-        constexpr int R = decltype(tall)::value;
-        const float* a = left.tile(t + m) + s * kTileSize + r0 * kPairRow;
-        const float* panel = b + s * vectors * kTileSize;
-        float* const to = sums.data + m * sums.tile + r0 * sums.row;
-        Vec<float> sum[R][W];
-        unrolled<R>([&](auto r) FASTLSTM_INLINE_LAMBDA {
-          unrolled<W>([&](auto w) FASTLSTM_INLINE_LAMBDA {
-            sum[r][w] = load((const float*)to + r * sums.row + w * sums.vector);
-          });
-        });
-        for (int64_t k = s; k < past; ++k, a += kTileSize, panel += vectors * kTileSize)
-          for (int64_t i = 0; i < kSide && k * kDepthOfTile + 2 * i < left.depth; ++i) {
-            Vec<float> of_b[W];
-            unrolled<W>([&](auto w) FASTLSTM_INLINE_LAMBDA {
-              of_b[w] = load(panel + (i * vectors + w) * kPairRow);
-            });
-            unrolled<R>([&](auto r) FASTLSTM_INLINE_LAMBDA {
-              const Vec<float> of_a = _mm512_set1_ps(a[r * kPairRow + i]);
-              unrolled<W>([&](auto w)
-                              FASTLSTM_INLINE_LAMBDA { add_dots(sum[r][w], of_a, of_b[w]); });
-            });
-          }
-        unrolled<R>([&](auto r) FASTLSTM_INLINE_LAMBDA {
-          unrolled<W>([&](auto w) FASTLSTM_INLINE_LAMBDA {
-            store(to + r * sums.row + w * sums.vector, sum[r][w]);
-          });
-        });
+      with_int<kTileRows>(r1 - r0, [&](auto rows) {
+        add_dots_of_rows<decltype(rows)::value, W>(
+            left.tile(t + m) + s * kTileSize + r0 * kPairRow, b + s * W * kTileSize,
+            end - s * kSide, sums.data + m * sums.tile + r0 * sums.row, sums.row, sums.vector);
       });
     }
 }
@@ -347,8 +349,7 @@ FASTLSTM_INLINE void add_rows_of_dots(const Left<1>& left, int64_t t, const floa
 template <class Numbers, int M, int W, int Terms, class Between>
 FASTLSTM_INLINE void add_tiles(const Left<Terms>& left, int64_t t, const float* b, int64_t vectors,
                                int64_t s, int64_t past, const Place& sums, Between&& between) {
-  if constexpr (!kOnTiles<Numbers>)
-    return add_rows_of_dots<M, W>(left, t, b, vectors, s, past, sums);
+  if constexpr (!kOnTiles<Numbers>) return add_tiles_of_dots<W>(left, t, M, b, s, past, sums);
   constexpr int OfB = Numbers::kGiven;
   constexpr int count = sizeof(kPairs<Terms, OfB>) / sizeof(Pair);
   const float* a[M];
