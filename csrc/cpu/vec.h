@@ -188,33 +188,71 @@ FASTLSTM_INLINE Vec<double> ldexp(Vec<double> v, Vec<double> n) {
 }
 #endif
 
-// A vector of floats from and to memory in half precision, to nearest, ties to even.
+// As many halves as a vector has floats, from and to memory; with n, the first n of them. No copy
+// of n * 2 bytes: that is a call, around which every vector is stored.
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+FASTLSTM_INLINE Halves load_halves(const void* p) {
+  Halves halves;
+  __builtin_memcpy(&halves, p, sizeof halves);
+  return halves;
+}
+FASTLSTM_INLINE void store_halves(void* p, Halves halves) {
+  __builtin_memcpy(p, &halves, sizeof halves);
+}
+#if defined(__AVX2__)
+// Two by two, and the last of an odd number by itself.
+FASTLSTM_INLINE Halves load_halves(const uint16_t* p, int64_t n) {
+  const int32_t last = n % 2 ? p[n - 1] : 0;
 #if defined(__AVX512F__)
-FASTLSTM_INLINE Vec<float> load(const Float16* p) {
-  return _mm512_maskz_cvtph_ps(__mmask16(-1), _mm256_loadu_si256((const __m256i*)p));
-}
-FASTLSTM_INLINE void store(Float16* p, Vec<float> v) {
-  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(__mmask16(-1), v, 0));
-}
-#elif defined(__F16C__)
-FASTLSTM_INLINE Vec<float> load(const Float16* p) {
-  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-}
-FASTLSTM_INLINE void store(Float16* p, Vec<float> v) {
-  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, 0));
-}
-#elif defined(__aarch64__)
-FASTLSTM_INLINE Vec<float> load(const Float16* p) {
-  return (Vec<float>)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
-}
-FASTLSTM_INLINE void store(Float16* p, Vec<float> v) {
-  vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
+  const __m512i pairs = _mm512_maskz_loadu_epi32(__mmask16((1u << n / 2) - 1), p);
+  const __m512i all = _mm512_mask_set1_epi32(pairs, __mmask16(1u << n / 2), last);
+  return (Halves)_mm512_maskz_extracti64x4_epi64(__mmask8(-1), all, 0);
+#else
+  const __m128i pair = _mm_setr_epi32(0, 1, 2, 3), whole = _mm_set1_epi32(int(n / 2));
+  const __m128i pairs = _mm_maskload_epi32((const int*)p, _mm_cmpgt_epi32(whole, pair));
+  return (Halves)_mm_or_si128(pairs,
+                              _mm_and_si128(_mm_cmpeq_epi32(whole, pair), _mm_set1_epi32(last)));
+#endif
 }
 #else
-FASTLSTM_INLINE Vec<float> load(const Float16* p) {
+FASTLSTM_INLINE Halves load_halves(const uint16_t* p, int64_t n) {
+  Halves halves{};
+  for (int l = 0; l < lanes<float>(); ++l)
+    if (l < n) halves[l] = p[l];
+  return halves;
+}
+#endif
+FASTLSTM_INLINE void store_halves(uint16_t* p, Halves halves, int64_t n) {
+#if defined(__AVX512F__)
+  _mm512_mask_cvtepi32_storeu_epi16(p, __mmask16((1u << n) - 1),
+                                    _mm512_maskz_cvtepu16_epi32(__mmask16(-1), (__m256i)halves));
+#else
+  for (int l = 0; l < lanes<float>(); ++l)
+    if (l < n) p[l] = halves[l];
+#endif
+}
+
+// Floats of halves and, to nearest, ties to even, halves of floats.
+#if defined(__AVX512F__)
+FASTLSTM_INLINE Vec<float> from_float16(Halves halves) {
+  return _mm512_maskz_cvtph_ps(__mmask16(-1), (__m256i)halves);
+}
+FASTLSTM_INLINE Halves to_float16(Vec<float> v) {
+  return (Halves)_mm512_maskz_cvtps_ph(__mmask16(-1), v, 0);
+}
+#elif defined(__F16C__)
+FASTLSTM_INLINE Vec<float> from_float16(Halves halves) { return _mm256_cvtph_ps((__m128i)halves); }
+FASTLSTM_INLINE Halves to_float16(Vec<float> v) { return (Halves)_mm256_cvtps_ph(v, 0); }
+#elif defined(__aarch64__)
+FASTLSTM_INLINE Vec<float> from_float16(Halves halves) {
+  return (Vec<float>)vcvt_f32_f16((float16x4_t)halves);
+}
+FASTLSTM_INLINE Halves to_float16(Vec<float> v) { return (Halves)vcvt_f16_f32((float32x4_t)v); }
+#else
+FASTLSTM_INLINE Vec<float> from_float16(Halves halves) {
   Vec<float> v;
   for (int l = 0; l < lanes<float>(); ++l) {
-    const uint32_t sign = uint32_t(p[l].bits & 0x8000) << 16, rest = p[l].bits & 0x7fff;
+    const uint32_t sign = uint32_t(halves[l] & 0x8000) << 16, rest = halves[l] & 0x7fff;
     uint32_t bits = (rest << 13) + (uint32_t(127 - 15) << 23);
     if (rest >= 0x7c00) bits += uint32_t(255 - 31 - (127 - 15)) << 23;  // infinity, NaN
     float f;
@@ -224,7 +262,8 @@ FASTLSTM_INLINE Vec<float> load(const Float16* p) {
   }
   return v;
 }
-FASTLSTM_INLINE void store(Float16* p, Vec<float> v) {
+FASTLSTM_INLINE Halves to_float16(Vec<float> v) {
+  Halves halves{};
   for (int l = 0; l < lanes<float>(); ++l) {
     const float f = v[l], size = f < 0 ? -f : f;
     uint32_t bits;
@@ -243,15 +282,20 @@ FASTLSTM_INLINE void store(Float16* p, Vec<float> v) {
     } else {
       half = (bits - (uint32_t(127 - 15) << 23) + 0xfff + (bits >> 13 & 1)) >> 13;
     }
-    p[l].bits = uint16_t(sign | half);
+    halves[l] = uint16_t(sign | half);
   }
+  return halves;
 }
 #endif
-typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
-FASTLSTM_INLINE Vec<float> load(const BFloat16* p) {
-  Halves halves;
-  __builtin_memcpy(&halves, p, sizeof halves);
-  return (Vec<float>)(__builtin_convertvector(halves, Bits<float>) << 16);
+FASTLSTM_INLINE Vec<float> from_bfloat16(Halves halves) {
+#if defined(__AVX512F__)  // one instruction, which GCC does not find by itself
+  const auto words = (Bits<float>)_mm512_maskz_cvtepu16_epi32(__mmask16(-1), (__m256i)halves);
+#elif defined(__AVX2__)
+  const auto words = (Bits<float>)_mm256_cvtepu16_epi32((__m128i)halves);
+#else
+  const auto words = __builtin_convertvector(halves, Bits<float>);
+#endif
+  return (Vec<float>)(words << 16);
 }
 // Bits whose upper halves are v in bfloat16, to nearest, ties to even.
 FASTLSTM_INLINE Bits<float> rounded_to_bfloat16(Vec<float> v) {
@@ -259,26 +303,26 @@ FASTLSTM_INLINE Bits<float> rounded_to_bfloat16(Vec<float> v) {
   const Bits<float> rounded = bits + 0x7fff + (bits >> 16 & 1), quiet = bits | 0x400000;
   return v == v ? rounded : quiet;
 }
-FASTLSTM_INLINE void store(BFloat16* p, Vec<float> v) {
-  const Halves halves = __builtin_convertvector(rounded_to_bfloat16(v) >> 16, Halves);
-  __builtin_memcpy(p, &halves, sizeof halves);
+FASTLSTM_INLINE Halves to_bfloat16(Vec<float> v) {
+  return __builtin_convertvector(rounded_to_bfloat16(v) >> 16, Halves);
 }
-template <class Half>
-FASTLSTM_INLINE Vec<float> load_halves(const Half* p, int64_t n) {
-  Half all[lanes<float>()] = {};
-  __builtin_memcpy(all, p, uint64_t(n) * sizeof *p);
-  return load(all);
+
+FASTLSTM_INLINE Vec<float> load(const Float16* p) { return from_float16(load_halves(p)); }
+FASTLSTM_INLINE Vec<float> load(const BFloat16* p) { return from_bfloat16(load_halves(p)); }
+FASTLSTM_INLINE Vec<float> load(const Float16* p, int64_t n) {
+  return from_float16(load_halves(&p->bits, n));
 }
-template <class Half>
-FASTLSTM_INLINE void store_halves(Half* p, Vec<float> v, int64_t n) {
-  Half all[lanes<float>()];
-  store(all, v);
-  __builtin_memcpy(p, all, uint64_t(n) * sizeof *p);
+FASTLSTM_INLINE Vec<float> load(const BFloat16* p, int64_t n) {
+  return from_bfloat16(load_halves(&p->bits, n));
 }
-FASTLSTM_INLINE Vec<float> load(const Float16* p, int64_t n) { return load_halves(p, n); }
-FASTLSTM_INLINE Vec<float> load(const BFloat16* p, int64_t n) { return load_halves(p, n); }
-FASTLSTM_INLINE void store(Float16* p, Vec<float> v, int64_t n) { store_halves(p, v, n); }
-FASTLSTM_INLINE void store(BFloat16* p, Vec<float> v, int64_t n) { store_halves(p, v, n); }
+FASTLSTM_INLINE void store(Float16* p, Vec<float> v) { store_halves(p, to_float16(v)); }
+FASTLSTM_INLINE void store(BFloat16* p, Vec<float> v) { store_halves(p, to_bfloat16(v)); }
+FASTLSTM_INLINE void store(Float16* p, Vec<float> v, int64_t n) {
+  store_halves(&p->bits, to_float16(v), n);
+}
+FASTLSTM_INLINE void store(BFloat16* p, Vec<float> v, int64_t n) {
+  store_halves(&p->bits, to_bfloat16(v), n);
+}
 
 template <class T>
 FASTLSTM_INLINE T sum(Vec<T> v) {
