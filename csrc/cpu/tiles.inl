@@ -98,20 +98,9 @@ FASTLSTM_INLINE void add_dots(Vec<float>& sums, Vec<float> a, Vec<float> b) {
 constexpr int kTileA = 4, kTileB = 6;
 
 // The shape of the tiles while it lives: `height` rows of A and of C.
-template <bool OnTiles>
 class TileShape {
  public:
   explicit TileShape(int64_t height) {
-    if constexpr (OnTiles) configure(height);
-  }
-  ~TileShape() {
-    if constexpr (OnTiles) __asm__ volatile("tilerelease");
-  }
-  TileShape(const TileShape&) = delete;
-  TileShape& operator=(const TileShape&) = delete;
-
- private:
-  static void configure(int64_t height) {
     struct alignas(64) {
       uint8_t palette, start_row, reserved[14];
       uint16_t row_bytes[16];
@@ -124,6 +113,9 @@ class TileShape {
     }
     __asm__ volatile("ldtilecfg %0" ::"m"(shape));
   }
+  ~TileShape() { __asm__ volatile("tilerelease"); }
+  TileShape(const TileShape&) = delete;
+  TileShape& operator=(const TileShape&) = delete;
 };
 
 // ---- rows of A as terms -------------------------------------------------------------------------
@@ -280,9 +272,10 @@ FASTLSTM_INLINE void for_each_int(F&& f) {
   }
 }
 
-// Sums of one or two tiles of rows: [row tile][vector of a panel][row][column].
+// Sums of one or two tiles of rows: [row tile][row][vector of a panel][column].
+constexpr int64_t kSumsRow = kPanelVectors * kSide;
 struct alignas(64) Sums {
-  float of[2][kPanelVectors][kSide][kSide];
+  float of[2][kSide][kPanelVectors][kSide];
 };
 
 // Where the sums of one or two tiles of `height` rows and the vectors of a panel stand: floats from
@@ -292,64 +285,20 @@ struct Place {
   int64_t row, vector, tile, height;
   Place(Sums* sums, int64_t height)
       : data(&sums->of[0][0][0][0]),
-        row(kSide),
-        vector(kTileSize),
-        tile(kPanelVectors * kTileSize),
+        row(kSumsRow),
+        vector(kSide),
+        tile(kSide * kSumsRow),
         height(height) {}
   Place(float* data, int64_t row, int64_t vector, int64_t height)
       : data(data), row(row), vector(vector), tile(height * row), height(height) {}
 };
 
-// Adds A B, of `pairs` pairs of k, to the sums of R rows by the W vectors of a panel. Never
-// inlined: in some callers GCC then keeps the sums in memory, which takes three times as long.
-template <int R, int W>
-__attribute__((noinline)) void add_dots_of_rows(const float* a, const float* b, int64_t pairs,
-                                                float* to, int64_t row, int64_t vector) {
-  Vec<float> sums[R][W];
-  for_sums<R, W>([&](auto r, auto w) FASTLSTM_INLINE_LAMBDA {
-    sums[r][w] = load((const float*)to + r * row + w * vector);
-  });
-  for (; pairs > 0; pairs -= kSide, a += kTileSize) {
-    const int64_t count = pairs < kSide ? pairs : kSide;
-    for (int64_t i = 0; i < count; ++i, b += W * kPairRow) {
-      Vec<float> of_b[W];
-      unrolled<W>([&](auto w) FASTLSTM_INLINE_LAMBDA { of_b[w] = load(b + w * kPairRow); });
-      unrolled<R>([&](auto r) FASTLSTM_INLINE_LAMBDA {
-        const Vec<float> of_a = _mm512_set1_ps(a[r * kPairRow + i]);
-        unrolled<W>([&](auto w) FASTLSTM_INLINE_LAMBDA { add_dots(sums[r][w], of_a, of_b[w]); });
-      });
-    }
-  }
-  for_sums<R, W>([&](auto r, auto w)
-                     FASTLSTM_INLINE_LAMBDA { store(to + r * row + w * vector, sums[r][w]); });
-}
-
-// Adds A B to the sums of M tiles of rows by all W vectors of a panel, by dots, of the k-steps from
-// `s` to `past`.
-template <int W>
-void add_tiles_of_dots(const Left<1>& left, int64_t t, int64_t tiles, const float* b, int64_t s,
-                       int64_t past, const Place& sums) {
-  const int64_t parts = (sums.height + kTileRows - 1) / kTileRows;
-  const int64_t all = (left.depth + 1) / 2, end = past * kSide < all ? past * kSide : all;
-  for (int64_t m = 0; m < tiles; ++m)
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t r0 = sums.height * part / parts, r1 = sums.height * (part + 1) / parts;
-      with_int<kTileRows>(r1 - r0, [&](auto rows) {
-        add_dots_of_rows<decltype(rows)::value, W>(
-            left.tile(t + m) + s * kTileSize + r0 * kPairRow, b + s * W * kTileSize,
-            end - s * kSide, sums.data + m * sums.tile + r0 * sums.row, sums.row, sums.vector);
-      });
-    }
-}
-
 // Adds A B to the sums of M tiles of rows by W tiles of columns, in the same order whatever M and
 // W. `b` is the first of W neighbours among the tiles that a k-step has for so many vectors.
-// Of the k-steps from `s` to `past`; between() comes after each. The sums are in tiles, or in
-// memory where there are none; then nothing is to be done between.
+// Of the k-steps from `s` to `past`; between() comes after each.
 template <class Numbers, int M, int W, int Terms, class Between>
 FASTLSTM_INLINE void add_tiles(const Left<Terms>& left, int64_t t, const float* b, int64_t vectors,
-                               int64_t s, int64_t past, const Place& sums, Between&& between) {
-  if constexpr (!kOnTiles<Numbers>) return add_tiles_of_dots<W>(left, t, M, b, s, past, sums);
+                               int64_t s, int64_t past, Between&& between) {
   constexpr int OfB = Numbers::kGiven;
   constexpr int count = sizeof(kPairs<Terms, OfB>) / sizeof(Pair);
   const float* a[M];
@@ -394,9 +343,9 @@ FASTLSTM_INLINE int64_t chains_of(int64_t steps) {
   return Numbers::kChain ? (steps + Numbers::kChain - 1) / Numbers::kChain : 1;
 }
 
-// What add(Int<M>(), first vector, Int<W>(), first k-step, past the last, sums) adds over so many
-// k-steps to the sums of M row tiles and of W vectors from `first` on, which begin with what is
-// there or, if `fresh`, with zeros.
+// What add(Int<M>(), first vector, Int<W>(), first k-step, past the last) adds over so many k-steps
+// to the sums of M row tiles and of W vectors from `first` on, which begin with what is there or,
+// if `fresh`, with zeros.
 template <class Numbers, int M, int W, class Add>
 FASTLSTM_INLINE void sum_tiles(int first, bool fresh, const Place& sums, int64_t steps, Add&& add) {
   constexpr int kWide = M == 2 ? 2 : 4;
@@ -419,7 +368,7 @@ FASTLSTM_INLINE void sum_tiles(int first, bool fresh, const Place& sums, int64_t
       else
         tile_load<decltype(tile)::value>(at, sums.row);
     });
-    add(Int<M>(), first, Int<W>(), steps * c / chains, steps * (c + 1) / chains, sums);
+    add(Int<M>(), first, Int<W>(), steps * c / chains, steps * (c + 1) / chains);
     if (c == 0) {
       store_to(sums);
       continue;
@@ -430,7 +379,7 @@ FASTLSTM_INLINE void sum_tiles(int first, bool fresh, const Place& sums, int64_t
       for (int v = first; v < first + W; ++v)
         for (int64_t r = 0; r < sums.height; ++r) {
           float* const at = sums.data + m * sums.tile + v * sums.vector + r * sums.row;
-          store(at, load((const float*)at) + load((const float*)chain.of[m][v][r]));
+          store(at, load((const float*)at) + load((const float*)chain.of[m][r][v]));
         }
   }
 }
@@ -439,15 +388,7 @@ FASTLSTM_INLINE void sum_tiles(int first, bool fresh, const Place& sums, int64_t
 template <class Numbers, int V, class Add>
 FASTLSTM_INLINE void sum_rows_at(const RowTiles& rows, int64_t t, bool fresh, const Place& sums,
                                  int64_t steps, Add&& add) {
-  if constexpr (!kOnTiles<Numbers>) {
-    const int64_t tiles = t + 1 < rows.tiles ? 2 : 1;
-    for (int64_t r = 0; fresh && r < tiles * sums.height; ++r)
-      for (int64_t v = 0; v < V; ++v)
-        store(
-            sums.data + r / sums.height * sums.tile + r % sums.height * sums.row + v * sums.vector,
-            Vec<float>{});
-    with_int<2>(tiles, [&](auto tall) { add(tall, 0, Int<V>(), 0, steps, sums); });
-  } else if (t + 1 < rows.tiles) {
+  if (t + 1 < rows.tiles) {
     sum_tiles<Numbers, 2, V == 1 ? 1 : 2>(0, fresh, sums, steps, add);
     if constexpr (V > 2) sum_tiles<Numbers, 2, V - 2>(2, fresh, sums, steps, add);
   } else {
@@ -456,7 +397,7 @@ FASTLSTM_INLINE void sum_rows_at(const RowTiles& rows, int64_t t, bool fresh, co
 }
 
 // What is to be done with sums, R rows at a time: f(panel, first row, sums of its vectors,
-// kTileSize apart, Int<rows>). It is done while the tiles multiply for the next sums, which leaves
+// kSide apart, Int<rows>). It is done while the tiles multiply for the next sums, which leaves
 // the vector units free.
 template <int R, class F>
 class Rest {
@@ -492,7 +433,7 @@ class Rest {
     const int64_t tile = done_ >= rows_.height, row = done_ - tile * rows_.height;
     const int64_t past = tile || count_ < rows_.height ? count_ : rows_.height;
     with_int<R>(past - done_, [&](auto many) {
-      f_(panel_, first_ + done_, sums_[current_].of[tile][0][row], many);
+      f_(panel_, first_ + done_, sums_[current_].of[tile][row][0], many);
       done_ += decltype(many)::value;
     });
   }
@@ -515,6 +456,58 @@ FASTLSTM_INLINE void sum_rows_of(const RowTiles& rows, int64_t panel, int64_t st
     rest.are(panel, t, t + 1 < rows.tiles ? 2 : 1);
   }
 }
+
+// ---- the same by dots ---------------------------------------------------------------------------
+
+// A product of rows of A and a panel of B.
+struct DotsOf {
+  const Left<1>& left;
+  const float* b;
+};
+
+// The sum of products, for the R rows from `row` on of row tile t and the W vectors of a panel; to
+// memory as that of Sums. Never inlined: in some callers GCC would keep the sums in memory all
+// along, which takes three times as long.
+template <int R, int W, int Products>
+__attribute__((noinline)) void sum_dots(const DotsOf (&products)[Products], int64_t t, int64_t row,
+                                        float* to) {
+  Vec<float> sums[R][W];
+  clear(sums);
+  for (const DotsOf& product : products) {
+    const float* a = product.left.tile(t) + row * kPairRow;
+    const float* b = product.b;
+    for (int64_t pairs = (product.left.depth + 1) / 2; pairs > 0; pairs -= kSide) {
+      const int64_t count = pairs < kSide ? pairs : kSide;
+      for (int64_t i = 0; i < count; ++i, b += W * kPairRow) {
+        Vec<float> of_b[W];
+        unrolled<W>([&](auto w) FASTLSTM_INLINE_LAMBDA { of_b[w] = load(b + w * kPairRow); });
+        unrolled<R>([&](auto r) FASTLSTM_INLINE_LAMBDA {
+          const Vec<float> of_a = broadcast(a[r * kPairRow + i]);
+          unrolled<W>([&](auto w) FASTLSTM_INLINE_LAMBDA { add_dots(sums[r][w], of_a, of_b[w]); });
+        });
+      }
+      a += kTileSize;
+    }
+  }
+  for_sums<R, W>([&](auto r, auto w)
+                     FASTLSTM_INLINE_LAMBDA { store(to + r * kSumsRow + w * kSide, sums[r][w]); });
+}
+
+// The sums of all rows with a panel of W vectors, and what f, as in Rest, does with them.
+template <int W, int Products, class F>
+FASTLSTM_INLINE void sum_rows_by_dots(const DotsOf (&products)[Products], const RowTiles& rows,
+                                      int64_t panel, F&& f) {
+  alignas(64) float sums[kTileRows * kSumsRow];
+  for (int64_t t = 0; t < rows.tiles; ++t) {
+    const int64_t first = t * rows.height, left = rows.count - first;
+    for_tiles(0, left < rows.height ? left : rows.height, [&](int64_t row, auto many) {
+      sum_dots<decltype(many)::value, W>(products, t, row, sums);
+      f(panel, first + row, sums, many);
+    });
+  }
+}
+
+// ---- parts of the rows --------------------------------------------------------------------------
 
 // f(first row, rows) for parts of the rows m0 <= m < m1 whose terms, `terms` of bfloat16 for each
 // row, have room in memory of terms_size().
@@ -642,6 +635,16 @@ void pack_matrix_as_terms(Matrix<float> matrix, int64_t depth, int64_t columns, 
 
 // ---- products and steps -------------------------------------------------------------------------
 
+// The sums of all rows with panel p of B, and what f does with them.
+template <class F>
+FASTLSTM_INLINE void sum_panel_by_dots(const Left<1>& left, const RowTiles& rows,
+                                       const Panels<float>& b, int64_t p, F&& f) {
+  const DotsOf product[1] = {{left, b.at(p)}};
+  with_int<kPanelVectors>(vectors_of<Dots>(b, p), [&](auto many) {
+    sum_rows_by_dots<decltype(many)::value>(product, rows, p, f);
+  });
+}
+
 // The sums of all row tiles with panel p of B, and what `rest` does with them.
 template <class Numbers, int Terms, int R, class F>
 FASTLSTM_INLINE void sum_panel(const Left<Terms>& left, const RowTiles& rows,
@@ -650,9 +653,9 @@ FASTLSTM_INLINE void sum_panel(const Left<Terms>& left, const RowTiles& rows,
     constexpr int V = decltype(many)::value;
     sum_rows_of<Numbers, V>(
         rows, p, left.steps, rest,
-        [&](int64_t t, auto tall, int v, auto wide, int64_t from, int64_t past, const Place& of) {
+        [&](int64_t t, auto tall, int v, auto wide, int64_t from, int64_t past) {
           add_tiles<Numbers, decltype(tall)::value, decltype(wide)::value>(
-              left, t, b.at(p) + v * kTileOf<Numbers>, V, from, past, of, [&] { rest.some(); });
+              left, t, b.at(p) + v * kTileOf<Numbers>, V, from, past, [&] { rest.some(); });
         });
   });
 }
@@ -662,8 +665,8 @@ template <class Numbers, int Terms>
 void product_and_rest(const Left<Terms>& left, const RowTiles& rows, int64_t m,
                       const Product<float>& in, int64_t p0, int64_t p1) {
   const auto [count, gates] = in.columns;
-  const auto put = [&, count = count, gates = gates](int64_t p, int64_t row, const float* sums,
-                                                     Int<1>) {
+  const auto put_row = [&, count = count, gates = gates](int64_t p, int64_t row,
+                                                         const float* sums) {
     float* const c = in.c.row(m + row);
     const int64_t later = row + 2 * rows.height;
     const float* const ahead = in.accumulate && later < rows.count ? in.c.row(m + later) : nullptr;
@@ -672,17 +675,24 @@ void product_and_rest(const Left<Terms>& left, const RowTiles& rows, int64_t m,
       const int64_t at = gates ? column + v * count : column;
       if (ahead) __builtin_prefetch(ahead + at, 1, 3);
       with_lanes<float>(count - column, [&](auto part) {
-        Vec<float> sum = load(sums + v * kTileSize);
+        Vec<float> sum = load(sums + v * kSide);
         if (in.start) sum += part.get(in.start + at);
         if (in.accumulate) sum += part.get((const float*)c + at);
         part.put(c + at, sum);
       });
     }
   };
-  const TileShape<kOnTiles<Numbers>> shape(rows.height);
-  Rest<1, decltype(put)> rest(rows, left.steps, put);
-  for (int64_t p = p0; p < p1; ++p) sum_panel<Numbers>(left, rows, in.b, p, rest);
-  rest.finish();
+  const auto put = [&](int64_t p, int64_t row, const float* sums, auto many) {
+    for (int r = 0; r < many; ++r) put_row(p, row + r, sums + r * kSumsRow);
+  };
+  if constexpr (kOnTiles<Numbers>) {
+    const TileShape shape(rows.height);
+    Rest<1, decltype(put)> rest(rows, left.steps, put);
+    for (int64_t p = p0; p < p1; ++p) sum_panel<Numbers>(left, rows, in.b, p, rest);
+    rest.finish();
+  } else {
+    for (int64_t p = p0; p < p1; ++p) sum_panel_by_dots(left, rows, in.b, p, put);
+  }
 }
 
 // A product whose sums begin with C, or with zeros: the tiles are those of C itself, but at its
@@ -693,7 +703,7 @@ void product_in_place(const Left<Terms>& left, const RowTiles& rows, int64_t m,
   const Rows<float>& c = in.c;
   const bool even = c.batch == 1 || c.step_t == c.batch * c.step_n;
   const int64_t step = c.batch == 1 ? c.step_t : c.step_n;
-  const TileShape<kOnTiles<Numbers>> shape(rows.height);
+  const TileShape shape(rows.height);
   Sums edge;
   for (int64_t p = p0; p < p1; ++p) {
     const float* const b = in.b.at(p);
@@ -708,7 +718,7 @@ void product_in_place(const Left<Terms>& left, const RowTiles& rows, int64_t m,
           for (int64_t r = 0; r < count; ++r)
             for (int v = 0; v < V; ++v) {
               float* const at = c.row(m + row + r) + first + v * kSide;
-              float* const to = edge.of[r / rows.height][v][r % rows.height];
+              float* const to = edge.of[r / rows.height][r % rows.height][v];
               with_lanes<float>(in.columns.count - first - v * kSide, [&](auto part) {
                 if (out)
                   part.put(at, load((const float*)to));
@@ -720,12 +730,11 @@ void product_in_place(const Left<Terms>& left, const RowTiles& rows, int64_t m,
         if (!whole && in.accumulate) copy(false);
         const Place sums = whole ? Place(c.row(m + row) + first, step, kSide, rows.height)
                                  : Place(&edge, rows.height);
-        sum_rows_at<Numbers, V>(
-            rows, t, !in.accumulate, sums, left.steps,
-            [&](auto tall, int v, auto wide, int64_t from, int64_t past, const Place& of) {
-              add_tiles<Numbers, decltype(tall)::value, decltype(wide)::value>(
-                  left, t, b + v * kTileOf<Numbers>, V, from, past, of, [] {});
-            });
+        sum_rows_at<Numbers, V>(rows, t, !in.accumulate, sums, left.steps,
+                                [&](auto tall, int v, auto wide, int64_t from, int64_t past) {
+                                  add_tiles<Numbers, decltype(tall)::value, decltype(wide)::value>(
+                                      left, t, b + v * kTileOf<Numbers>, V, from, past, [] {});
+                                });
         if (!whole) copy(true);
       }
     });
@@ -736,7 +745,7 @@ template <class Numbers, int Terms>
 void product_of(const Left<Terms>& left, const RowTiles& rows, int64_t m, const Product<float>& in,
                 int64_t p0, int64_t p1) {
   // A sum that begins with C would be one chain over all passes.
-  if constexpr (Numbers::kChain == 0)
+  if constexpr (kOnTiles<Numbers> && Numbers::kChain == 0)
     if (!in.columns.gates) return product_in_place<Numbers>(left, rows, m, in, p0, p1);
   product_and_rest<Numbers>(left, rows, m, in, p0, p1);
 }
@@ -798,34 +807,47 @@ void step_forward_of_terms(const StepForward<float>& in, int64_t n0, int64_t n1,
         for (int r = 0; r < R; ++r)
           for (int gate = 0; gate < 4; ++gate)
             z[r][gate] = part.get(in.start.at(0, n + row + r) + unit + gate * H) +
-                         load(sums + gate * kTileSize + r * kSide);
-        cells_forward<float, R>(in, n + row, unit, z, part);
+                         load(sums + r * kSumsRow + gate * kSide);
+        if (R > 3 && (in.gates.data || in.half_gates.data))  // as in step_forward()
+          for (int r = 0; r < R; ++r) cells_forward<float, 1>(in, n + row + r, unit, z + r, part);
+        else
+          cells_forward<float, R>(in, n + row, unit, z, part);
       });
     };
-    const TileShape<kOnTiles<Numbers>> shape(rows.height);
-    const auto run = [&](auto&& rest) {
-      for_panels(in.step, p0, p1, [&](int64_t p, int64_t) {
-        const auto sums = [&](int64_t t, auto tall, int v, auto wide, int64_t from, int64_t past,
-                              const Place& of) {
-          // Of the k-steps of x, which come first, and of h, those from `from` to `past`.
-          const auto add = [&](const auto& left, const float* w, int64_t first) {
-            const int64_t panel = left.steps * V * kTileOf<Numbers>;
-            const int64_t begin = from > first ? from - first : 0, end = past - first;
-            add_tiles<Numbers, decltype(tall)::value, decltype(wide)::value>(
-                left, t, w + p * panel + v * kTileOf<Numbers>, V, begin,
-                end < left.steps ? end : left.steps, of, [&] { rest.some(); });
+    const auto panel = [&](const auto& left, const float* w, int64_t p) {
+      return w + p * left.steps * V * kTileOf<Numbers>;
+    };
+    if constexpr (kOnTiles<Numbers>) {
+      const TileShape shape(rows.height);
+      const auto run = [&](auto&& rest) {
+        for_panels(in.step, p0, p1, [&](int64_t p, int64_t) {
+          const auto sums = [&](int64_t t, auto tall, int v, auto wide, int64_t from,
+                                int64_t past) {
+            // Of the k-steps of x, which come first, and of h, those from `from` to `past`.
+            const auto add = [&](const auto& left, const float* w, int64_t first) {
+              const int64_t begin = from > first ? from - first : 0, end = past - first;
+              add_tiles<Numbers, decltype(tall)::value, decltype(wide)::value>(
+                  left, t, panel(left, w, p) + v * kTileOf<Numbers>, V, begin,
+                  end < left.steps ? end : left.steps, [&] { rest.some(); });
+            };
+            add(x, in.w_ih.full(), 0);
+            add(h, in.w_hh.full(), x_steps);
           };
-          add(x, in.w_ih.full(), 0);
-          add(h, in.w_hh.full(), x_steps);
-        };
-        sum_rows_of<Numbers, V>(rows, p, x_steps + h_steps, rest, sums);
+          sum_rows_of<Numbers, V>(rows, p, x_steps + h_steps, rest, sums);
+        });
+        rest.finish();
+      };
+      if (x_steps + h_steps < kStepsOfCell)
+        run(Rest<2, decltype(cells)>(rows, x_steps + h_steps, cells));
+      else
+        run(Rest<1, decltype(cells)>(rows, x_steps + h_steps, cells));
+    } else {
+      for_panels(in.step, p0, p1, [&](int64_t p, int64_t) {
+        const DotsOf products[2] = {{x, panel(x, in.w_ih.full(), p)},
+                                    {h, panel(h, in.w_hh.full(), p)}};
+        sum_rows_by_dots<V>(products, rows, p, cells);
       });
-      rest.finish();
-    };
-    if (x_steps + h_steps < kStepsOfCell)
-      run(Rest<2, decltype(cells)>(rows, x_steps + h_steps, cells));
-    else
-      run(Rest<1, decltype(cells)>(rows, x_steps + h_steps, cells));
+    }
   });
 }
 
@@ -853,11 +875,11 @@ void step_backward_of_terms(const StepBackward<float>& in, int64_t n0, int64_t n
   for_parts(n0, n1, Terms * last_steps * kDepthOfTile, [&](int64_t n, const RowTiles& rows) {
     const auto left =
         split<Terms>(rows, last.depth, in.scratch, [&](int64_t r) { return last.a.at(0, n + r); });
-    const auto cells = [&](int64_t p, int64_t row, const float* sums, Int<1>) {
+    const auto cells_of_row = [&](int64_t p, int64_t row, const float* sums) {
       for (int64_t v = 0; v < vectors_of<Numbers>(in.w, p); ++v) {
         const int64_t unit = (p * kPanelVectors + v) * kSide;
         with_lanes<float>(H - unit, [&](auto part) {
-          Vec<float> dh = load(sums + v * kTileSize);
+          Vec<float> dh = load(sums + v * kSide);
           if (last.accumulate) dh += part.get((const float*)in.dz.at(0, n + row) + unit);
           if (in.grad_y.data) dh += part.get(in.grad_y.at(0, n + row) + unit);
           if (in.grad_h.data) dh += part.get(in.grad_h.at(0, n + row) + unit);
@@ -865,11 +887,19 @@ void step_backward_of_terms(const StepBackward<float>& in, int64_t n0, int64_t n
         });
       }
     };
-    const TileShape<kOnTiles<Numbers>> shape(rows.height);
-    Rest<1, decltype(cells)> rest(rows, last_steps, cells);
-    for_panels(in.step, p0, p1,
-               [&](int64_t p, int64_t) { sum_panel<Numbers>(left, rows, last.b, p, rest); });
-    rest.finish();
+    const auto cells = [&](int64_t p, int64_t row, const float* sums, auto many) {
+      for (int r = 0; r < many; ++r) cells_of_row(p, row + r, sums + r * kSumsRow);
+    };
+    if constexpr (kOnTiles<Numbers>) {
+      const TileShape shape(rows.height);
+      Rest<1, decltype(cells)> rest(rows, last_steps, cells);
+      for_panels(in.step, p0, p1,
+                 [&](int64_t p, int64_t) { sum_panel<Numbers>(left, rows, last.b, p, rest); });
+      rest.finish();
+    } else {
+      for_panels(in.step, p0, p1,
+                 [&](int64_t p, int64_t) { sum_panel_by_dots(left, rows, last.b, p, cells); });
+    }
   });
 }
 
