@@ -84,8 +84,8 @@ double step_cycles(const Sizes& s, const Machine& m, const StepWork& work, int r
   const double far = (bytes - near) / kFarBytesPerCycle;
   const double reading = near / kNearBytesPerCycle + far;
   const double multiplied = double(ceil_div(ceil_div(s.batch, rows), m.tile_rows) * m.tile_rows);
-  const double product =
-      std::max(panels * multiplied * work.depth * m.cycles, reading) + kFarShown * far;
+  const double shown = m.tiles ? 0 : kFarShown * far;  // there it all hides
+  const double product = std::max(panels * multiplied * work.depth * m.cycles, reading) + shown;
   const double own = product + panels * batch * kCellCycles + work.spread / (rows * columns);
   return columns > 1 && s.steps > 1 ? kWait * own + kBarrierCycles : own;
 }
