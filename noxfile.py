@@ -57,6 +57,15 @@ def types(session):
 
 
 @nox.session
+def tiles(session):
+    """Test the kernels on AMX tiles and on dots where the CPU has AVX-512 but not these."""
+    session.install(TORCH)
+    session.install(".[test]", "-Ccmake.define.FASTLSTM_EMULATE_TILES=ON")
+    files = ["kernels", "half", "plan", "threads", "numpy", "steps"]
+    session.run("pytest", *(session.posargs or [f"tests/test_{name}.py" for name in files]))
+
+
+@nox.session
 def sanitize(session):
     """Run the suite under AddressSanitizer and UndefinedBehaviorSanitizer."""
     session.install(TORCH)

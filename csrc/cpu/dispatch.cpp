@@ -50,7 +50,11 @@ bool has_avx2() {
 }
 bool has_avx512() { return has_avx2() && (cpuid(7).b & bit_AVX512F) && os_saves(kZmm); }
 
-#ifdef FASTLSTM_TILES
+#if defined(FASTLSTM_EMULATE_TILES)
+bool has_dots() { return has_avx512(); }
+bool has_tiles() { return has_avx512(); }
+bool tiles_granted() { return true; }
+#elif defined(FASTLSTM_TILES)
 constexpr unsigned kDotsBit = 1 << 5;
 bool has_dots() {
   // Leaf 7 says whether it has a second part, which leaf 7 asked again is for.

@@ -65,8 +65,23 @@ FASTLSTM_INLINE int64_t pair_step(int64_t vectors) {
 FASTLSTM_INLINE int64_t k_steps(int64_t depth) { return (depth + kDepthOfTile - 1) / kDepthOfTile; }
 
 // ---- instructions -------------------------------------------------------------------------------
+
+// The memory of LDTILECFG.
+struct alignas(64) TileConfig {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
+};
+
+#ifdef FASTLSTM_EMULATE_TILES
+#include "tiles_emulated.h"
+#else
 // Not the compiler's intrinsics, which take no template argument for a tile.
 
+FASTLSTM_INLINE void configure_tiles(const TileConfig& config) {
+  __asm__ volatile("ldtilecfg %0" ::"m"(config));
+}
+FASTLSTM_INLINE void release_tiles() { __asm__ volatile("tilerelease"); }
 template <int Tile>
 FASTLSTM_INLINE void tile_zero() {
   __asm__ volatile("tilezero %%tmm%c0" ::"i"(Tile));
@@ -93,6 +108,7 @@ FASTLSTM_INLINE void tile_multiply() {
 FASTLSTM_INLINE void add_dots(Vec<float>& sums, Vec<float> a, Vec<float> b) {
   __asm__("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
 }
+#endif
 
 // Tiles 0 to 3 are sums, 4 and 5 hold A, 6 and 7 B.
 constexpr int kTileA = 4, kTileB = 6;
@@ -101,19 +117,15 @@ constexpr int kTileA = 4, kTileB = 6;
 class TileShape {
  public:
   explicit TileShape(int64_t height) {
-    struct alignas(64) {
-      uint8_t palette, start_row, reserved[14];
-      uint16_t row_bytes[16];
-      uint8_t rows[16];
-    } shape = {};
-    shape.palette = 1;
+    TileConfig config = {};
+    config.palette = 1;
     for (int tile = 0; tile < 8; ++tile) {
-      shape.row_bytes[tile] = 64;
-      shape.rows[tile] = uint8_t(tile < kTileB ? height : kSide);
+      config.row_bytes[tile] = 64;
+      config.rows[tile] = uint8_t(tile < kTileB ? height : kSide);
     }
-    __asm__ volatile("ldtilecfg %0" ::"m"(shape));
+    configure_tiles(config);
   }
-  ~TileShape() { __asm__ volatile("tilerelease"); }
+  ~TileShape() { release_tiles(); }
   TileShape(const TileShape&) = delete;
   TileShape& operator=(const TileShape&) = delete;
 };
