@@ -191,13 +191,11 @@ FASTLSTM_INLINE Vec<double> ldexp(Vec<double> v, Vec<double> n) {
 // As many halves as a vector has floats, from and to memory; with n, the first n of them. No copy
 // of n * 2 bytes: that is a call, around which every vector is stored.
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
-FASTLSTM_INLINE Halves load_halves(const void* p) {
-  Halves halves;
-  __builtin_memcpy(&halves, p, sizeof halves);
-  return halves;
-}
+typedef uint16_t HalvesInMemory
+    __attribute__((vector_size(kVectorBytes / 2), aligned(1), may_alias));
+FASTLSTM_INLINE Halves load_halves(const void* p) { return *static_cast<const HalvesInMemory*>(p); }
 FASTLSTM_INLINE void store_halves(void* p, Halves halves) {
-  __builtin_memcpy(p, &halves, sizeof halves);
+  *static_cast<HalvesInMemory*>(p) = halves;
 }
 #if defined(__AVX2__)
 // Two by two, and the last of an odd number by itself.
