@@ -756,7 +756,7 @@ void product_in_place(const Left<Terms>& left, const RowTiles& rows, int64_t m,
 template <class Numbers, int Terms>
 void product_of(const Left<Terms>& left, const RowTiles& rows, int64_t m, const Product<float>& in,
                 int64_t p0, int64_t p1) {
-  // A sum that begins with C would be one chain over all passes.
+  // With chains, a sum that begins with C would be one over all passes.
   if constexpr (kOnTiles<Numbers> && Numbers::kChain == 0)
     if (!in.columns.gates) return product_in_place<Numbers>(left, rows, m, in, p0, p1);
   product_and_rest<Numbers>(left, rows, m, in, p0, p1);
