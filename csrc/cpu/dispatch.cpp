@@ -57,10 +57,13 @@ bool tiles_granted() { return true; }
 #elif defined(FASTLSTM_TILES)
 constexpr unsigned kDotsBit = 1 << 5;
 bool has_dots() {
-  // Leaf 7 says whether it has a second part, which leaf 7 asked again is for.
-  Registers r;
-  return has_avx512() && cpuid(7).a >= 1 && __get_cpuid_count(7, 1, &r.a, &r.b, &r.c, &r.d) &&
-         (r.a & kDotsBit);
+  // Once: in a virtual machine CPUID takes long. Leaf 7 says whether it has a second part.
+  static const bool has = [] {
+    Registers r;
+    return has_avx512() && cpuid(7).a >= 1 && __get_cpuid_count(7, 1, &r.a, &r.b, &r.c, &r.d) &&
+           (r.a & kDotsBit);
+  }();
+  return has;
 }
 constexpr uint64_t kTiles = 0x60000;  // XTILECFG and XTILEDATA
 constexpr unsigned kBf16Bit = 1 << 22, kTileBit = 1 << 24;
@@ -146,6 +149,7 @@ const Kernels<float>& kernels<float>(Use use) {
                               : use == Use::floats_on_tiles ? isa.floats_on_tiles
                                                             : nullptr;
   if (own && (own == &avx512::kernels_bf16_dots || tiles_granted())) return *own;
+  if (own && use == Use::bf16 && has_dots()) return avx512::kernels_bf16_dots;
 #else
   (void)use;
 #endif
