@@ -60,7 +60,8 @@ def types(session):
 def tiles(session):
     """Test the kernels on AMX tiles and on dots where the CPU has AVX-512 but not these."""
     session.install(TORCH)
-    session.install(".[test]", "-Ccmake.define.FASTLSTM_EMULATE_TILES=ON")
+    emulate = "-Ccmake.define.FASTLSTM_EMULATE_TILES=ON"
+    session.install(".[test]", emulate, env={"FASTLSTM_CUDA": "off"})
     files = ["kernels", "half", "plan", "threads", "numpy", "steps"]
     session.run("pytest", *(session.posargs or [f"tests/test_{name}.py" for name in files]))
 
