@@ -589,6 +589,17 @@ FASTLSTM_INLINE void cells_forward(const StepForward<T>& in, int64_t n, int64_t 
   if (in.gates.data) keep(in.gates);
 }
 
+// The same of the rows of a tile: together, so that their chains of operations overlap; but the
+// stores of what training keeps of so many would come at once, and wait for memory.
+template <class T, int R, class L>
+FASTLSTM_INLINE void cells_of_tile(const StepForward<T>& in, int64_t n, int64_t unit,
+                                   const Vec<T> (*z)[4], L part) {
+  if (R > 3 && (in.gates.data || in.half_gates.data))
+    for (int r = 0; r < R; ++r) cells_forward<T, 1>(in, n + r, unit, z + r, part);
+  else
+    cells_forward<T, R>(in, n, unit, z, part);
+}
+
 // z of M batch rows from n on, `before` of them done, on V vectors of columns of panel p; start(r,
 // v) is what the products are added to.
 template <class T, int M, int V, class Start>
@@ -701,12 +712,7 @@ void step_forward(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p0, 
         };
         Vec<T> z[M][4];
         gate_sums<T>(in, n, n - n0, p, next, start, z);
-        // Rows together, so that their chains of operations overlap; but the stores of what
-        // training keeps of so many would come at once, and wait for memory.
-        if (M > 3 && (in.gates.data || in.half_gates.data))
-          for (int r = 0; r < M; ++r) cells_forward<T, 1>(in, n + r, unit, z + r, part);
-        else
-          cells_forward<T, M>(in, n, unit, z, part);
+        cells_of_tile<T, M>(in, n, unit, z, part);
       });
     });
   });

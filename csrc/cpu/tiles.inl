@@ -647,13 +647,16 @@ void pack_matrix_as_terms(Matrix<float> matrix, int64_t depth, int64_t columns, 
 
 // ---- products and steps -------------------------------------------------------------------------
 
-// The sums of all rows with panel p of B, and what f does with them.
+// The sums of all rows with panel p of B, and what f does with each.
 template <class F>
 FASTLSTM_INLINE void sum_panel_by_dots(const Left<1>& left, const RowTiles& rows,
                                        const Panels<float>& b, int64_t p, F&& f) {
   const DotsOf product[1] = {{left, b.at(p)}};
   with_int<kPanelVectors>(vectors_of<Dots>(b, p), [&](auto many) {
-    sum_rows_by_dots<decltype(many)::value>(product, rows, p, f);
+    sum_rows_by_dots<decltype(many)::value>(
+        product, rows, p, [&](int64_t panel, int64_t row, const float* sums, auto some) {
+          for (int r = 0; r < some; ++r) f(panel, row + r, sums + r * kSumsRow, Int<1>());
+        });
   });
 }
 
@@ -672,13 +675,13 @@ FASTLSTM_INLINE void sum_panel(const Left<Terms>& left, const RowTiles& rows,
   });
 }
 
-// A product whose sums are added to C while the tiles multiply for the next ones.
+// A product whose sums are added to C: on tiles, while these multiply for the next ones.
 template <class Numbers, int Terms>
 void product_and_rest(const Left<Terms>& left, const RowTiles& rows, int64_t m,
                       const Product<float>& in, int64_t p0, int64_t p1) {
   const auto [count, gates] = in.columns;
-  const auto put_row = [&, count = count, gates = gates](int64_t p, int64_t row,
-                                                         const float* sums) {
+  const auto put = [&, count = count, gates = gates](int64_t p, int64_t row, const float* sums,
+                                                     Int<1>) {
     float* const c = in.c.row(m + row);
     const int64_t later = row + 2 * rows.height;
     const float* const ahead = in.accumulate && later < rows.count ? in.c.row(m + later) : nullptr;
@@ -693,9 +696,6 @@ void product_and_rest(const Left<Terms>& left, const RowTiles& rows, int64_t m,
         part.put(c + at, sum);
       });
     }
-  };
-  const auto put = [&](int64_t p, int64_t row, const float* sums, auto many) {
-    for (int r = 0; r < many; ++r) put_row(p, row + r, sums + r * kSumsRow);
   };
   if constexpr (kOnTiles<Numbers>) {
     const TileShape shape(rows.height);
@@ -820,10 +820,7 @@ void step_forward_of_terms(const StepForward<float>& in, int64_t n0, int64_t n1,
           for (int gate = 0; gate < 4; ++gate)
             z[r][gate] = part.get(in.start.at(0, n + row + r) + unit + gate * H) +
                          load(sums + r * kSumsRow + gate * kSide);
-        if (R > 3 && (in.gates.data || in.half_gates.data))  // as in step_forward()
-          for (int r = 0; r < R; ++r) cells_forward<float, 1>(in, n + row + r, unit, z + r, part);
-        else
-          cells_forward<float, R>(in, n + row, unit, z, part);
+        cells_of_tile<float, R>(in, n + row, unit, z, part);
       });
     };
     const auto panel = [&](const auto& left, const float* w, int64_t p) {
@@ -887,7 +884,7 @@ void step_backward_of_terms(const StepBackward<float>& in, int64_t n0, int64_t n
   for_parts(n0, n1, Terms * last_steps * kDepthOfTile, [&](int64_t n, const RowTiles& rows) {
     const auto left =
         split<Terms>(rows, last.depth, in.scratch, [&](int64_t r) { return last.a.at(0, n + r); });
-    const auto cells_of_row = [&](int64_t p, int64_t row, const float* sums) {
+    const auto cells = [&](int64_t p, int64_t row, const float* sums, Int<1>) {
       for (int64_t v = 0; v < vectors_of<Numbers>(in.w, p); ++v) {
         const int64_t unit = (p * kPanelVectors + v) * kSide;
         with_lanes<float>(H - unit, [&](auto part) {
@@ -898,9 +895,6 @@ void step_backward_of_terms(const StepBackward<float>& in, int64_t n0, int64_t n
           cell_backward<float>(in, n + row, unit, dh, part);
         });
       }
-    };
-    const auto cells = [&](int64_t p, int64_t row, const float* sums, auto many) {
-      for (int r = 0; r < many; ++r) cells_of_row(p, row + r, sums + r * kSumsRow);
     };
     if constexpr (kOnTiles<Numbers>) {
       const TileShape shape(rows.height);
