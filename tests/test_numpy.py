@@ -765,6 +765,12 @@ def test_state_dict_crosses_to_torch_and_back(torch, config, dtype, rng):
         assert_same_bits(rnn.weights[name], w.detach().numpy(), name)
 
 
+def test_own_weights_begin_with_cache_lines():
+    rnn = fastlstm.LSTM(3, 5, num_layers=2, rng=0)
+    rnn.load_state_dict(rnn.state_dict())
+    assert all(weight.ctypes.data % 64 == 0 for weight in rnn.weights.values())
+
+
 def test_pickle_and_copy(dtype, rng):
     import pickle
 
