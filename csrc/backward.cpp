@@ -67,7 +67,7 @@ class BackwardPass {
         w_ih_(in.layer.w_ih, 4 * in.sizes.hidden, in.dx.data ? in.sizes.input : 0,
               in.ragged.rows ? step_kernels : product_kernels, plan.direct, workspace),
         x_shape_(in.dw_ih ? in.sizes.input : 0, product_kernels),
-        h_shape_(in.dw_hh ? in.sizes.output : 0, product_kernels),
+        h_shape_(in.dw_hh && !times_zeros(in) ? in.sizes.output : 0, product_kernels),
         raw_shape_(in.dw_hr ? in.sizes.hidden : 0, product_kernels),
         step_shape_(in.sizes.hidden, step_kernels),
         weights_(in.dw_ih || in.dw_hh || in.dw_hr || in.db),
@@ -270,7 +270,7 @@ class BackwardPass {
                                   x_panels);
             });
       }
-      if (in.dw_hh) {
+      if (h_shape_.columns) {
         const auto [from, past] = h_shape_.part(threads, id);
         pack_h(active, y, s0, s1, from, past, h_panels);
       }
@@ -305,7 +305,10 @@ class BackwardPass {
                   [&, input = input, output = output](int64_t m, int64_t count, int64_t k,
                                                       int64_t depth, bool first) {
                     accumulate(in.dw_ih, input, x_shape_, x_panels, m, count, k, depth, first);
-                    accumulate(in.dw_hh, output, h_shape_, h_panels, m, count, k, depth, first);
+                    if (!times_zeros(in))
+                      accumulate(in.dw_hh, output, h_shape_, h_panels, m, count, k, depth, first);
+                    else if (k == 0)
+                      multiply_zeros(m, m + count);
                     if (in.db)
                       products_.sum_rows(strip, strip_depth, count, depth, in.db + m, !first);
                   });
@@ -323,6 +326,11 @@ class BackwardPass {
   // Of a single step nothing goes back through W_hh, but to h0; a projection takes its shape.
   static bool needs_w_hh(const Backward<T>& in) {
     return in.sizes.steps > 1 || in.dh0 || in.layer.w_hr;
+  }
+
+  // A single step without a state gives W_hh no gradient.
+  static bool times_zeros(const Backward<T>& in) {
+    return in.dw_hh && in.sizes.steps == 1 && !in.h0;
   }
 
   // Rows of a strip: where threads share `width` rows, about one strip or some for each, in whole
@@ -355,12 +363,29 @@ class BackwardPass {
       if (to) products_.outer(left, right, batch, columns, from, past, to);
     };
     add(dz, x, input, m0, m1, in_.dw_ih);
-    add(dz, state_.h0(), output, m0, m1, in_.dw_hh);
+    if (times_zeros(in_))
+      multiply_zeros(m0, m1);
+    else
+      add(dz, state_.h0(), output, m0, m1, in_.dw_hh);
     add(dh, raw, hidden, hr.first, hr.second, in_.dw_hr);
     for (int64_t m = m0; in_.db && m < m1; ++m) {
       T sum = 0;
       for (int64_t n = 0; n < batch; ++n) sum += dz.at(0, n)[m];
       in_.db[m] = sum;
+    }
+  }
+
+  // Rows m0 <= m < m1 of dW_hh: zeros, or NaN where dz has an infinity or a NaN.
+  void multiply_zeros(int64_t m0, int64_t m1) const {
+    constexpr int64_t kAtOnce = 64;
+    const auto [steps, batch, input, hidden, output] = in_.sizes;
+    for (int64_t m = m0; m < m1; m += kAtOnce) {
+      const int64_t count = std::min(kAtOnce, m1 - m);
+      T sums[kAtOnce] = {};
+      for (int64_t n = 0; n < batch; ++n)
+        for (int64_t j = 0; j < count; ++j) sums[j] += dz_[n * 4 * hidden + m + j] * T(0);
+      for (int64_t j = 0; j < count; ++j)
+        std::fill_n(in_.dw_hh + (m + j) * output, output, sums[j]);
     }
   }
 

@@ -28,6 +28,9 @@ bool odd_step(const void* weights, int64_t steps) {
   return count.fetch_add(uint8_t(steps), std::memory_order_relaxed) % 2;
 }
 
+// To look whether all of W_hh is finite takes as long as to multiply one row by it, as it is.
+constexpr int64_t kBatchWithoutZeros = 2;
+
 template <class T>
 class ForwardPass {
  public:
@@ -40,7 +43,7 @@ class ForwardPass {
         hh_shape_(panels_of_gates(in.sizes, kernel, true)),
         y_shape_(in.layer.w_hr ? in.sizes.output : 0, kernel),
         first_step_(plan.direct && !plan.across && odd_step(in.layer.w_hh.data, in.sizes.steps)),
-        skip_zeros_(!in.h0 && !plan.direct),
+        skip_zeros_(!in.h0 && (!plan.direct || in.sizes.batch >= kBatchWithoutZeros)),
         groups_(Active(in).groups(plan.row_groups)),
         chains_(plan.threads()),
         row_group_(size_t(plan.row_groups)) {
@@ -105,13 +108,20 @@ class ForwardPass {
     if (id == 0)
       for (int64_t j = 0; j < gates; ++j)
         bias[j] = (in.layer.b_ih ? in.layer.b_ih[j] : 0) + (in.layer.b_hh ? in.layer.b_hh[j] : 0);
+    // Nothing but zeros is there to multiply by W_hh.
+    const bool only_zeros = steps == 1 && !in.h0 && plan.input_in_step;
+    const auto [from, end] = share(panels, threads, id);
     if (!plan.direct && !plan.pack_at_use) {
-      const auto [from, past] = share(panels, threads, id);
-      kernel.pack_gates(in.layer.w_ih, hidden, input, from, past, ih);
-      pack_hh(from, past, hh);
+      kernel.pack_gates(in.layer.w_ih, hidden, input, from, end, ih);
+      if (!only_zeros) pack_hh(from, end, hh);
     }
+    if (skip_zeros_ && (plan.direct || only_zeros)) look_at_hh(threads, id);
     if (in.layer.w_hr) pack_projection(threads, id);
     all_.wait(threads);
+    if (only_zeros && !plan.direct && !skip_zeros_) {
+      pack_hh(from, end, hh);
+      all_.wait(threads);
+    }
 
     const int64_t tasks = ceil_div(steps, plan.task);
     Chains::Place place{size_t(id)};
@@ -241,6 +251,13 @@ class ForwardPass {
   void pack_hh(int64_t p0, int64_t p1, const Panels<T>& to) {
     const auto [steps, batch, input, hidden, output] = in_.sizes;
     if (!kernel_.pack_gates(in_.layer.w_hh, hidden, output, p0, p1, to)) skip_zeros_ = false;
+  }
+
+  // Whether the part of W_hh that thread `id` looks at is finite.
+  void look_at_hh(int threads, int id) {
+    const auto [from, past] = share(4 * in_.sizes.hidden, threads, id);
+    const int64_t output = in_.sizes.output;
+    if (!kernel_.finite(in_.layer.w_hh, from * output, (past - from) * output)) skip_zeros_ = false;
   }
 
   // The panels of W_hr^T that thread `id` packs.

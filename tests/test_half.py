@@ -44,12 +44,13 @@ class Problem:
 
     def forward(self, *, in_bf16=False, gates=torch.float32, threads=1):
         """Return y, h_n, c_n, gates, cells, raw."""
-        N, H, P = len(self.h0), self.H, self.P
+        N, H, P = len(self.c0), self.H, self.P
         results = [torch.empty(*self.time, P or H), torch.empty(N, P or H), torch.empty(N, H)]
         kept = [torch.empty(1, *self.time, 4 * H, dtype=gates), torch.empty(1, *self.time, H)]
         kept.append(torch.empty(1, *self.time, H) if P else None)
         as_given = torch.Tensor.bfloat16 if in_bf16 else torch.Tensor.float
-        x, h0, *weights = map(as_given, (self.x, self.h0, *self.weights))
+        x, *weights = map(as_given, (self.x, *self.weights))
+        h0 = None if self.h0 is None else as_given(self.h0)
         last = self.batch_sizes, self.reverse, threads
         _core.forward(x, h0, self.c0, weights, *results, *kept, *last)
         return [*results, *kept]
@@ -57,7 +58,7 @@ class Problem:
     def backward(self, kept, *, in_bf16=False, threads=1):
         """Return the gradients of x, h0, c0 and the weights."""
         given = [self.x, self.h0, self.c0, *self.weights]
-        dx, dh0, dc0, *dweights = (torch.empty_like(t) for t in given)
+        dx, dh0, dc0, *dweights = (None if t is None else torch.empty_like(t) for t in given)
         # As half precision keeps them.
         y, raw = (None if t is None else t.bfloat16().float() for t in (kept[0], kept[5]))
 
@@ -166,6 +167,26 @@ def test_an_infinite_weight(isa, which):
     for expected, found in zip(plain[:5], ours[:5], strict=True):  # no projection: no sixth
         bound = 2**-7 if isa == DOTS else 2**-14
         torch.testing.assert_close(found, expected, rtol=0, atol=bound, equal_nan=True)
+
+
+@pytest.mark.parametrize("weight", [None, float("nan"), float("inf")])
+@pytest.mark.parametrize("P", [0, 7], ids=["whole", "projected"])
+@pytest.mark.parametrize("T, N", [(1, 1), (1, 3), (1, 28), (1, 70), (5, 3), (2, 40)])
+def test_no_state_means_zeros(isa, T, N, P, weight):
+    """Nothing is multiplied by such a state, but where 0 * weight_hh is NaN."""
+    given, left_out = Problem(T, N, 20, 33, P), Problem(T, N, 20, 33, P)
+    given.h0, left_out.h0 = torch.zeros(N, P or 33), None
+    if weight is not None:
+        given.weights[1][5, 3] = left_out.weights[1][5, 3] = weight
+    for threads in (1, 3):
+        expected = given.forward(in_bf16=True, threads=threads)
+        found = left_out.forward(in_bf16=True, threads=threads)
+        assert expected[0].isnan().any() == (weight is not None)
+        expected += given.backward(expected, in_bf16=True, threads=threads)
+        found += left_out.backward(found, in_bf16=True, threads=threads)
+        for k, (a, b) in enumerate(zip(expected, found, strict=True)):
+            if k != 7:  # that of h0
+                torch.testing.assert_close(b, a, rtol=0, atol=0, equal_nan=True)
 
 
 def test_rows_do_not_depend_on_their_batch(isa):

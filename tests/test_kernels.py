@@ -143,7 +143,20 @@ def test_one_gradient_alone(isa, dtype, which):
 
 
 @pytest.mark.parametrize("weight", [None, np.nan, np.inf])
-@pytest.mark.parametrize("sizes", [(4, 3, 2, 5), (7, 3, 5, 17), (9, 20, 5, 37), (11, 3, 350, 250)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (4, 3, 2, 5),
+        (7, 3, 5, 17),
+        (9, 20, 5, 37),
+        (11, 3, 350, 250),
+        (1, 1, 3, 20),
+        (1, 2, 5, 17),
+        (1, 13, 40, 33),
+        (1, 50, 3, 70),
+        (1, 600, 4, 9),
+    ],
+)
 def test_state_none_means_zeros(isa, dtype, sizes, weight):
     """Nothing is multiplied by such a state, but where 0 * weight_hh is NaN."""
     p = make_problem(*sizes, dtype)
@@ -165,6 +178,23 @@ def test_state_none_means_zeros(isa, dtype, sizes, weight):
             grads = fastlstm.lstm_backward(tape, p.grad_y, p.grad_state)
             for name, a in {"y": y, "h_n": h_n, "c_n": c_n, **named_gradients(grads)}.items():
                 assert_same_bits(a, expected[name], name)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("N", [2, 40, 600])
+def test_zeros_times_an_infinite_gradient(isa, dtype, N, value):
+    p = make_problem(1, N, 5, 18, dtype)
+    p.h0[...] = 0
+    p.c0[...] = 0
+    p.grad_y[0, 1, 16] = value
+    for threads in THREADS:
+        fastlstm.set_num_threads(threads)
+        expected = run_kernels(p)
+        *_, tape = fastlstm.lstm_forward(*p.forward_args, need_tape=True)
+        found = named_gradients(fastlstm.lstm_backward(tape, p.grad_y, p.grad_state))
+        dw = found["grad weight_hh"]
+        assert np.isnan(dw[16]).all() and np.isfinite(dw[15]).all()
+        assert_all_same_bits(found, {name: expected[name] for name in found})
 
 
 @pytest.mark.parametrize("present", ["bias_ih", "bias_hh"])

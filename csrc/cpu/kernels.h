@@ -188,7 +188,8 @@ struct Kernels {
   void (*widen)(const void* from, Element, int64_t count, T* to);
   void (*narrow)(const T* from, int64_t count, Element, void* to);
 
-  bool (*has_nan)(const T* x, int64_t count);  // false where x is null
+  bool (*has_nan)(const T* x, int64_t count);                 // false where x is null
+  bool (*finite)(Matrix<T> w, int64_t first, int64_t count);  // of so many elements from one on
   void (*map)(Function, const T* x, T* y, int64_t count);
   // Runs `count` rounds of independent fused multiply-adds in registers; returns the operations
   // done.

@@ -1062,16 +1062,29 @@ double fma_loop(int64_t count) {
   return 2.0 * kChains * lanes<T>() * double(count);
 }
 
+// Whether f sets bits for one of these numbers.
+template <class T, class S, class F>
+FASTLSTM_INLINE bool any_of(const S* x, int64_t count, F&& f) {
+  constexpr int VL = lanes<T>();
+  Bits<T> found = {};
+  int64_t i = 0;
+  for (; i + VL <= count; i += VL) found |= f(Vec<T>(load(x + i)));
+  if (i < count) found |= f(Vec<T>(load(x + i, count - i)));
+  return any(found);
+}
+
 template <class T>
 bool has_nan(const T* x, int64_t count) {
-  constexpr int VL = lanes<T>();
-  if (!x) return false;
-  Bits<T> found = {};
-  const auto look = [&](Vec<T> v) { found |= v != v; };
-  int64_t i = 0;
-  for (; i + VL <= count; i += VL) look(load(x + i));
-  if (i < count) look(load(x + i, count - i));
-  return any(found);
+  return x && any_of<T>(x, count, [](Vec<T> v) { return v != v; });
+}
+
+template <class T>
+bool finite(Matrix<T> matrix, int64_t first, int64_t count) {
+  bool found = false;
+  with_elements(matrix, [&](auto* w) {
+    found = any_of<T>(w + first, count, [](Vec<T> v) { return (Bits<T>)(v - v); });
+  });
+  return !found;
 }
 
 template <class T>
@@ -1104,6 +1117,7 @@ constexpr Kernels<T> table() {
   kernels.widen = widen<T>;
   kernels.narrow = narrow<T>;
   kernels.has_nan = has_nan<T>;
+  kernels.finite = finite<T>;
   kernels.map = map<T>;
   kernels.fma_loop = fma_loop<T>;
   return kernels;
