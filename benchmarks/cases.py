@@ -110,7 +110,7 @@ CASES = [
     Case("odd", 33, 7, 13, 37),
 ]
 
-# What a group is called in a table or a picture.
+# What a group is called in a table or a picture; "own" has no cases but those asked for.
 GROUPS = {
     "step": "step latency (T=1, N=1)",
     "streaming": "streaming (N=1)",
@@ -119,6 +119,7 @@ GROUPS = {
     "large": "large",
     "bidirectional": "two layers, bidirectional",
     "odd": "odd sizes",
+    "own": "sizes asked for",
 }
 
 

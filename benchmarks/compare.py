@@ -3,6 +3,7 @@
 python benchmarks/compare.py                     everything: about a quarter of an hour
 python benchmarks/compare.py --quick             one case of each group, few rounds
 python benchmarks/compare.py --cases step 100x32x64x64 --modes inference --threads 1
+python benchmarks/compare.py --cases 20x16x64x600           sizes of your own
 python benchmarks/compare.py --device cuda       on a GPU: its own cases, peers and options (--help)
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 import cli
 import machine
 import report
-from cases import CASES, GROUPS, Case
+from cases import CASES, Case
 from measure import TOLERANCE, Settings, active_isa, measure_case, summarise, worker
 from peers import OURS, PEERS
 from rich.console import Console
@@ -28,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     made = cli.parser(__doc__)
     add = made.add_argument
     add("--device", choices=["cpu", "cuda"], default="cpu")
-    add("--cases", nargs="+", metavar="CASE", help="groups, or T×N×D×H (default: all)")
+    add("--cases", nargs="+", metavar="CASE", help="groups, or any T×N×D×H (default: all listed)")
     add("--modes", nargs="+", choices=MODES, default=MODES)
     add("--threads", nargs="+", type=int, default=[1, 2], metavar="N", help="default: 1 2")
     add("--dtype", choices=list(TOLERANCE), default="float32")
@@ -70,17 +71,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def select(names: list[str] | None, quick: bool) -> list[Case]:
+    groups = {case.group: case for case in reversed(CASES)}  # the first of each
     if names is None:
-        if not quick:
-            return CASES
-        return [next(case for case in CASES if case.group == group) for group in GROUPS]
+        return [case for case in CASES if not quick or case is groups[case.group]]
     found = []
     for name in (name.replace("x", "×") for name in names):
         matches = [case for case in CASES if name in (case.group, case.name)]
+        sizes = name.split("×")
+        if not matches and len(sizes) == 4 and all(n.isdecimal() and int(n) for n in sizes):
+            matches = [Case("own", *map(int, sizes))]
         if not matches:
-            raise ValueError(f"{name!r} is neither a group ({', '.join(GROUPS)}) nor T×N×D×H")
+            known = ", ".join(reversed(groups))
+            raise ValueError(f"{name!r} is neither a group ({known}) nor T×N×D×H")
         found += matches
-    return [case for case in CASES if case in found]
+    own = [case for case in dict.fromkeys(found) if case not in CASES]
+    return [case for case in CASES if case in found] + own
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
