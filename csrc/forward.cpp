@@ -170,21 +170,24 @@ class ForwardPass {
           step.row_by_row = plan.row_by_row;
           step.as_distances = in.half_gates != nullptr;
           step.scratch = scratch;
-          const auto run = plan.across   ? kernel.step_forward_across
-                           : plan.direct ? kernel.step_forward_direct
-                                         : kernel.step_forward;
+          const auto run = [&, p0 = p0, p1 = p1](int64_t from, int64_t past) {
+            if (!plan.direct) return kernel.step_forward(step, from, past, p0, p1);
+            const int64_t across = std::clamp(plan.across, from, past);
+            if (from < across) kernel.step_forward_across(step, from, across, p0, p1);
+            if (across < past) kernel.step_forward_direct(step, across, past, p0, p1);
+          };
           // Sequences that go on, then those that begin here.
           const int64_t going = active.with_before(s), all = active.at(s);
           if (n0 < going) {
             step.h_prev = y.block(s - 1, 0, batch);
             step.c_prev = in.cells ? Rows<const T>(kept_cells.block(s - 1, 0, batch)) : c_n;
-            run(step, n0, std::min(n1, going), p0, p1);
+            run(n0, std::min(n1, going));
           }
           if (going < all && n0 < all && going < n1) {
             step.h_prev = state_.h0();
             step.c_prev = state_.c0();
             if (skip_zeros_) step.output = 0;
-            run(step, std::max(n0, going), std::min(n1, all), p0, p1);
+            run(std::max(n0, going), std::min(n1, all));
           }
           row_group_[size_t(group)].wait(plan.panel_groups);
           if (in.layer.w_hr) {

@@ -25,10 +25,16 @@ constexpr int64_t kDirectSteps = 4;
 constexpr int64_t kDirectRowsForward = 32;
 constexpr int64_t kDirectRowsBackward = 128;
 constexpr int64_t kDirectRowsBf16 = 8;  // where there are kernels for them
-// Forward, a batch of more rows than these vectors of them goes across the lanes; then as many rows
-// (T * N) pay as four vectors side by side hold.
-constexpr double kAcrossBatch = 1.5;
+// Forward, where the batch goes across the lanes, as many rows (T * N) pay as these vectors hold;
+// more where W would be packed from beyond L2, but not on tiles.
 constexpr int64_t kAcrossVectors = 4;
+constexpr int64_t kAcrossVectorsFar = 16;
+constexpr double kAcrossFarBytes = 1.5 * (1 << 20);
+// Rows that fill less of a last vector go along the rows of W, unless W, then read twice, would
+// come from memory: then all rows go across from these vectors on, or none.
+constexpr double kAcrossFill = 0.875;
+constexpr double kAcrossTwiceBytes = 12 << 20;
+constexpr double kAcrossWhole = 1.5;
 // W as it is comes fastest from L3 and memory as one long run, not four rows at a time: at 4.7 MB
 // (H 384) level, from 6.5 MB (H 448) on faster.
 constexpr double kRowByRowBytes = 5 << 20;
@@ -97,6 +103,8 @@ void choose_grid(const Sizes& s, const Machine& m, const StepWork& work, int thr
   for (int columns = 1; columns <= std::min<int64_t>(threads, work.panels); ++columns)
     for (int rows = 1; rows <= std::min<int64_t>(threads / columns, s.batch); ++rows) {
       if (rows * columns == 1) continue;
+      // Lanes would be empty.
+      if (plan->across && rows > 1 && s.batch % (rows * m.lanes) != 0) continue;
       const double cycles =
           double(s.steps) * step_cycles(s, m, work, rows, columns) + kRegionCycles;
       if (cycles < best) {
@@ -123,13 +131,21 @@ bool direct(const Sizes& s, int64_t most_rows) {
 
 Use use_bf16(const Sizes& s) { return direct(s, kDirectRowsBf16) ? Use::any : Use::bf16; }
 
-bool across(const Sizes& s, const Machine& m) {
-  return double(s.batch) > kAcrossBatch * double(m.lanes) &&
-         direct(s, std::max(kDirectRowsForward, kAcrossVectors * m.lanes));
+bool across(const Sizes& s, const Machine& m, bool far) {
+  const int64_t vectors = far ? kAcrossVectorsFar : kAcrossVectors;
+  return s.batch >= m.across_from && direct(s, std::max(kDirectRowsForward, vectors * m.lanes));
 }
 
-bool direct_forward(const Sizes& s, const Machine& m) {
-  return !m.tiles && (direct(s, kDirectRowsForward) || across(s, m));
+int64_t rows_across(const Sizes& s, const Machine& m, double weights) {
+  const int64_t rest = s.batch % m.lanes;
+  const auto lanes = double(m.lanes);
+  if (rest == 0 || double(rest) >= kAcrossFill * lanes) return s.batch;
+  if (weights <= kAcrossTwiceBytes) return s.batch - rest;
+  return double(s.batch) > kAcrossWhole * lanes ? s.batch : 0;
+}
+
+bool direct_forward(const Sizes& s, const Machine& m, bool far) {
+  return !m.tiles && (direct(s, kDirectRowsForward) || across(s, m, far));
 }
 
 // Whether the rows of a step and the `columns` of W that it reads fill the tiles they take, which
@@ -144,7 +160,7 @@ bool fill_tiles(const Sizes& s, double columns, double whole) {
 
 Use use_forward(const Sizes& s, const Machine& m, bool in_bf16) {
   if (in_bf16) return use_bf16(s);
-  if (direct_forward(s, m)) return Use::any;
+  if (direct_forward(s, m, false)) return Use::any;
   const double columns = double(s.input) + double(s.output);
   const int64_t tiles = ceil_div(s.input, kTileDepth) + ceil_div(s.output, kTileDepth);
   const bool pays = s.hidden >= kTileUnitsForward &&
@@ -173,10 +189,11 @@ Use use_products_backward(const Sizes& s, bool in_bf16) {
 Plan plan_forward(const Sizes& s, const Machine& m, int threads) {
   Plan plan;
   const double column = 4 * m.element * double(s.hidden);  // bytes of W
-  plan.direct = direct_forward(s, m);
-  plan.across = plan.direct && across(s, m);
-  plan.row_by_row =
-      plan.direct && s.batch == 1 && column * double(s.input + s.output) > kRowByRowBytes;
+  const double weights = column * (double(s.input) + double(s.output));
+  const bool from_far = weights > kAcrossFarBytes;
+  plan.direct = direct_forward(s, m, from_far);
+  if (plan.direct && across(s, m, from_far)) plan.across = rows_across(s, m, weights);
+  plan.row_by_row = plan.direct && s.batch == 1 && weights > kRowByRowBytes;
   const bool far =
       s.batch <= kFarBatch && s.steps >= kFarSteps && column * double(s.input) > double(kFarBytes);
   plan.input_in_step = plan.direct || s.input <= kInputInStep || (s.batch >= kBatchInStep && !far);
@@ -189,7 +206,7 @@ Plan plan_forward(const Sizes& s, const Machine& m, int threads) {
   plan.block = ceil_div(s.steps, s.steps / std::clamp<int64_t>(least, 1, s.steps));
   // Once each, and by one thread; tiles take x as terms, better made for all panels at once.
   plan.pack_at_use = !plan.input_in_step && plan.block == s.steps && plan.row_groups == 1 &&
-                     !m.tiles && column * double(s.input + s.output) > kPackAtUseBytes;
+                     !m.tiles && weights > kPackAtUseBytes;
   plan.task = task_steps(s, of_step, work, plan, s.steps, plan.input_in_step ? 1 : plan.block);
   return plan;
 }

@@ -17,7 +17,7 @@ struct Plan {
   int row_groups = 1;
   int panel_groups = 1;
   bool direct = false;      // read the weights where they are instead of packing them
-  bool across = false;      // forward, where direct: the batch across the lanes
+  int64_t across = 0;       // forward, where direct: these rows of the batch across the lanes
   bool row_by_row = false;  // forward, where direct: a batch of one, one row of W at a time
   bool input_in_step =
       false;                 // forward: the input product inside the step, not a product over time
@@ -31,10 +31,10 @@ struct Plan {
   int threads() const { return row_groups * panel_groups; }
 };
 
-// What a plan knows of the machine: `lanes`, `strip_depth`, `tile_rows` and `panel_cycles` of
-// Kernels<T>, and the bytes of an element of a panel.
+// What a plan knows of the machine: `lanes`, `strip_depth`, `tile_rows`, `across_from` and
+// `panel_cycles` of Kernels<T>, and the bytes of an element of a panel.
 struct Machine {
-  int64_t lanes, strip_depth, tile_rows;
+  int64_t lanes, strip_depth, tile_rows, across_from;
   double cycles;
   double element;
   bool tiles;  // kernels that multiply sums of terms
@@ -43,11 +43,9 @@ struct Machine {
 template <class T>
 Machine machine_of(const Kernels<T>& kernel) {
   const int64_t columns = kPanelVectors * kernel.lanes;
-  return {kernel.lanes,
-          kernel.strip_depth,
-          kernel.tile_rows,
-          kernel.panel_cycles,
-          double(kernel.panel_row) * sizeof(T) / double(columns),
+  return {kernel.lanes,        kernel.strip_depth,
+          kernel.tile_rows,    kernel.across_from,
+          kernel.panel_cycles, double(kernel.panel_row) * sizeof(T) / double(columns),
           kernel.tile_rows > 1};
 }
 

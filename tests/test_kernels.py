@@ -37,7 +37,8 @@ SIZES = sorted(
             for k in range(16)
         ),
         # with the batch across the lanes
-        *((1, size, 7, 37) for size in (14, 26, 28, 33, 48, 49, 64)),
+        *((1, size, 7, 37) for size in (14, 20, 26, 28, 33, 48, 49, 64)),
+        (1, 150, 300, 180),
         *((2, size, 5, 50) for size in (7, 13, 32)),
         (1, 30, 400, 20),
         (2, 97, 97, 97),

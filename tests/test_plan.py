@@ -117,6 +117,44 @@ def test_when_weights_are_packed_panel_by_panel(isa, T, N, D, H, pays):
     assert _core.plan(T, N, D, H, 1, 4, False)["pack_at_use"] == pays
 
 
+# Lanes of float32, and from how many rows on a batch goes across them.
+LANES = {"avx2": (8, 13), "avx512": (16, 14)}
+
+
+@pytest.mark.parametrize("isa", [i for i in LANES if i in _core.supported_isas()], indirect=True)
+@pytest.mark.parametrize(
+    ("T", "vectors", "more", "H", "across"),
+    [
+        (1, 1, -3, 64, 0),  # rows to spare: along the rows of W
+        (1, 2, 0, 64, 2),
+        (1, 2, 1, 64, 2),  # one goes along them
+        (1, 2, -1, 64, "all"),  # nearly fill the last vector
+        (1, 4, 0, 64, 4),
+        (1, 4, 1, 64, 0),  # packed
+        (1, 16, 0, 221, 0),
+        (1, 4, 1, 222, 4),  # W is far: packing it takes longer
+        (1, 16, 0, 222, 16),
+        (1, 16, 1, 222, 0),
+        (2, 8, 0, 222, 8),
+        (2, 8, 1, 222, 0),
+        (1, 2, 1, 627, 2),
+        (1, 2, 1, 628, "all"),  # W would come from memory twice
+        (1, 1, 4, 628, 0),
+    ],
+)
+def test_which_rows_go_across_the_lanes(isa, T, vectors, more, H, across):
+    lanes, first = LANES[isa]
+    N = vectors * lanes + more
+    expected = N if across == "all" else across * lanes
+    for threads in (1, 2, 5):
+        plan = _core.plan(T, N, H, H, threads, 4, False)
+        assert plan["across"] == expected
+        if plan["row_groups"] > 1 and expected:
+            assert N % (plan["row_groups"] * lanes) == 0
+    for N in (first - 1, first):
+        assert (_core.plan(1, N, 64, 64, 1, 4, False)["across"] > 0) == (N == first)
+
+
 @pytest.mark.parametrize(
     ("T", "N", "H", "steps", "products"),
     [
