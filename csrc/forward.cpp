@@ -256,7 +256,7 @@ class ForwardPass {
     if (!kernel_.pack_gates(in_.layer.w_hh, hidden, output, p0, p1, to)) skip_zeros_ = false;
   }
 
-  // Whether the part of W_hh that thread `id` looks at is finite.
+  // Looks for what is not finite in the part of W_hh that is thread `id`'s.
   void look_at_hh(int threads, int id) {
     const auto [from, past] = share(4 * in_.sizes.hidden, threads, id);
     const int64_t output = in_.sizes.output;

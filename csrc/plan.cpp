@@ -25,16 +25,17 @@ constexpr int64_t kDirectSteps = 4;
 constexpr int64_t kDirectRowsForward = 32;
 constexpr int64_t kDirectRowsBackward = 128;
 constexpr int64_t kDirectRowsBf16 = 8;  // where there are kernels for them
-// Forward, where the batch goes across the lanes, as many rows (T * N) pay as these vectors hold;
-// more where W would be packed from beyond L2, but not on tiles.
+// Forward, a batch goes across the lanes where it nearly fills a vector; where tiles are small, and
+// more often full along the rows of W, not before it fills so many. Then as many rows (T * N) pay
+// as these vectors hold, more where W would be packed from beyond L2 and there are no tiles for it.
+constexpr double kAcrossFill = 0.875;
+constexpr double kAcrossFew = 1.55;
 constexpr int64_t kAcrossVectors = 4;
 constexpr int64_t kAcrossVectorsFar = 16;
 constexpr double kAcrossFarBytes = 1.5 * (1 << 20);
-// Rows that fill less of a last vector go along the rows of W, unless W, then read twice, would
-// come from memory: then all rows go across from these vectors on, or none.
-constexpr double kAcrossFill = 0.875;
+// Rows that do not nearly fill the last vector go along the rows of W; but W, then read twice, is
+// not to come from memory twice.
 constexpr double kAcrossTwiceBytes = 12 << 20;
-constexpr double kAcrossWhole = 1.5;
 // W as it is comes fastest from L3 and memory as one long run, not four rows at a time: at 4.7 MB
 // (H 384) level, from 6.5 MB (H 448) on faster.
 constexpr double kRowByRowBytes = 5 << 20;
@@ -103,7 +104,7 @@ void choose_grid(const Sizes& s, const Machine& m, const StepWork& work, int thr
   for (int columns = 1; columns <= std::min<int64_t>(threads, work.panels); ++columns)
     for (int rows = 1; rows <= std::min<int64_t>(threads / columns, s.batch); ++rows) {
       if (rows * columns == 1) continue;
-      // Lanes would be empty.
+      // Whole vectors of rows each.
       if (plan->across && rows > 1 && s.batch % (rows * m.lanes) != 0) continue;
       const double cycles =
           double(s.steps) * step_cycles(s, m, work, rows, columns) + kRegionCycles;
@@ -133,7 +134,8 @@ Use use_bf16(const Sizes& s) { return direct(s, kDirectRowsBf16) ? Use::any : Us
 
 bool across(const Sizes& s, const Machine& m, bool far) {
   const int64_t vectors = far ? kAcrossVectorsFar : kAcrossVectors;
-  return s.batch >= m.across_from && direct(s, std::max(kDirectRowsForward, vectors * m.lanes));
+  return double(s.batch) >= (m.tall_tiles ? kAcrossFill : kAcrossFew) * double(m.lanes) &&
+         direct(s, std::max(kDirectRowsForward, vectors * m.lanes));
 }
 
 int64_t rows_across(const Sizes& s, const Machine& m, double weights) {
@@ -141,7 +143,7 @@ int64_t rows_across(const Sizes& s, const Machine& m, double weights) {
   const auto lanes = double(m.lanes);
   if (rest == 0 || double(rest) >= kAcrossFill * lanes) return s.batch;
   if (weights <= kAcrossTwiceBytes) return s.batch - rest;
-  return double(s.batch) > kAcrossWhole * lanes ? s.batch : 0;
+  return double(s.batch) >= kAcrossFew * lanes ? s.batch : 0;
 }
 
 bool direct_forward(const Sizes& s, const Machine& m, bool far) {

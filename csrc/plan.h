@@ -31,10 +31,11 @@ struct Plan {
   int threads() const { return row_groups * panel_groups; }
 };
 
-// What a plan knows of the machine: `lanes`, `strip_depth`, `tile_rows`, `across_from` and
+// What a plan knows of the machine: `lanes`, `strip_depth`, `tile_rows`, `tall_tiles` and
 // `panel_cycles` of Kernels<T>, and the bytes of an element of a panel.
 struct Machine {
-  int64_t lanes, strip_depth, tile_rows, across_from;
+  int64_t lanes, strip_depth, tile_rows;
+  bool tall_tiles;
   double cycles;
   double element;
   bool tiles;  // kernels that multiply sums of terms
@@ -44,7 +45,7 @@ template <class T>
 Machine machine_of(const Kernels<T>& kernel) {
   const int64_t columns = kPanelVectors * kernel.lanes;
   return {kernel.lanes,        kernel.strip_depth,
-          kernel.tile_rows,    kernel.across_from,
+          kernel.tile_rows,    kernel.tall_tiles,
           kernel.panel_cycles, double(kernel.panel_row) * sizeof(T) / double(columns),
           kernel.tile_rows > 1};
 }

@@ -136,7 +136,7 @@ struct Kernels {
   int64_t panel_row, panel_depth;
   bool narrow_end;      // whether the last panel may be narrow: a tail of gates, or an edge
   double panel_cycles;  // of one row of A for one row of a panel
-  int64_t across_from;  // a batch of so many rows goes across the lanes
+  bool tall_tiles;      // whether a tile has more than four rows
   int64_t tile_rows;    // rows of A are multiplied that many at a time, or as if they were
   // A weight gradient goes in passes of `strip_depth` rows of dz (in float32 their partial sums
   // round better than one long chain) and in strips of `strip_rows` gate rows: a transposed strip

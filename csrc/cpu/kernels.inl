@@ -841,10 +841,6 @@ constexpr int kAcrossVectors = kTileRows > kPanelVectors ? kPanelVectors : 2;
 template <int V>
 constexpr int kAcrossUnits = V == 1 || (V < 4 && kTileRows > 4) ? 2 : 1;
 constexpr int64_t kAcrossRows = 4 * 2;  // of W at a time, at most
-// A batch that nearly fills a vector is as fast so as along the rows of W, whose small tiles are up
-// to one vector and a half.
-template <class T>
-constexpr int64_t kAcrossFrom = kTileRows > 4 ? (7 * lanes<T>() + 7) / 8 : 3 * lanes<T>() / 2 + 1;
 
 template <class T>
 int64_t across_size(int64_t depth) {
@@ -1099,7 +1095,7 @@ constexpr Kernels<T> table() {
   kernels.panel_depth = 1;
   kernels.narrow_end = true;
   kernels.panel_cycles = kPanelVectors / 2.0;  // two fused multiply-adds a cycle
-  kernels.across_from = kAcrossFrom<T>;
+  kernels.tall_tiles = kTileRows > 4;
   kernels.tile_rows = 1;
   // Of 512 rows dW was faster than of 256, and of 1024 no faster (benchmarks/NOTES.md).
   kernels.strip_rows = 96;
