@@ -58,6 +58,10 @@ SIZES = sorted(
         (12, 16, 40, 200),  # one tile of rows
         (2, 400, 70, 130),  # rows in parts
         (11, 3, 350, 250),  # weights packed panel by panel
+        # large panels, chain by chain: forward on every ISA that does so, rows in parts, backward
+        (5, 5, 1400, 150),
+        (2, 135, 700, 90),
+        (2, 135, 20, 420),
         (5, 25, 1050, 270),  # the input product over time, in passes; sums in chains
     }
 )

@@ -53,15 +53,15 @@ FASTLSTM_INLINE void for_tiles(int64_t m0, int64_t m1, F&& f) {
   }
 }
 
-// f(panel, panel after it) for p0 <= panel < p1, ascending at even steps and descending at odd
-// ones: a step begins with the panels that the step before left in the caches.
+// f(panel, panel after it or -1) for p0 <= panel < p1, ascending at even steps and descending at
+// odd ones: a step begins with the panels that the step before left in the caches.
 template <class F>
 FASTLSTM_INLINE void for_panels(int64_t step, int64_t p0, int64_t p1, F&& f) {
   const int64_t way = step % 2 ? -1 : 1;
   const int64_t first = step % 2 ? p1 - 1 : p0;
   for (int64_t k = 0; k < p1 - p0; ++k) {
     const int64_t p = first + way * k;
-    f(p, k + 1 < p1 - p0 ? p + way : p);
+    f(p, k + 1 < p1 - p0 ? p + way : -1);
   }
 }
 
@@ -126,26 +126,37 @@ constexpr int64_t kLine = 64 / int64_t(sizeof(T));  // elements of a cache line
 // For __builtin_prefetch, of what the cells of a tile take: L1 or, where it is more, L2.
 constexpr int kNear = kVectorBytes > 32 ? 2 : 3;
 
-// Panels that do not fit into L2 come from afar. Each tile of a panel brings in one part of the
-// next panel, those after its end the last one again.
+// Panels that do not fit into L2 come from afar. Each of the first tiles of a panel brings in one
+// part of the next panel, the others nothing: a prefetch takes the place of a load.
+constexpr int64_t kNearBytes = 512 << 10;  // of the panels that a thread goes through
+constexpr int64_t panel_bytes(int64_t depth) { return kPanelVectors * kVectorBytes * depth; }
+FASTLSTM_INLINE bool from_afar(int64_t panels, int64_t depth) {
+  return panels * panel_bytes(depth) > kNearBytes;
+}
+// Whether a panel is better read chain by chain, each for all of the batch rows: L2 has no room for
+// it beside the next one, the rows and what other programs need. CPUs with AVX-512 have more.
+FASTLSTM_INLINE bool by_chains(int64_t depth, int64_t rows) {
+  constexpr int64_t kMost = 96 << 10;
+  return kVectorBytes < 64 && rows > kTileRows && panel_bytes(depth) > kMost;
+}
 template <class T>
 constexpr int64_t kPrefetched = kLine<T> / 2;  // elements per k
 template <class T>
 FASTLSTM_INLINE const T* next_part(const T* next, int64_t row, int64_t depth) {
-  constexpr int64_t kLast = kPanelVectors * lanes<T>() / kPrefetched<T> - 1;
+  constexpr int64_t kParts = kPanelVectors * lanes<T>() / kPrefetched<T>;
   const int64_t part = row / kTileRows;
-  return next + (part < kLast ? part : kLast) * depth * kPrefetched<T>;
+  return next && part < kParts ? next + part * depth * kPrefetched<T> : nullptr;
 }
 
-// The next `bytes` of what is to be brought in; at its end, what is behind it.
+// The next `bytes` of what is to be brought in.
 FASTLSTM_INLINE const void* next_part(Ahead* ahead, int64_t bytes) {
-  while (ahead->run < Ahead::kRuns - 1 && ahead->place >= ahead->runs[ahead->run].bytes) {
+  while (ahead->run < Ahead::kRuns && ahead->place >= ahead->runs[ahead->run].bytes) {
     ++ahead->run;
     ahead->place = 0;
   }
-  const Ahead::Run& run = ahead->runs[ahead->run];
-  const auto* part = static_cast<const char*>(run.data) + ahead->place;
-  if (ahead->place < run.bytes) ahead->place += bytes;
+  if (ahead->run == Ahead::kRuns) return nullptr;
+  const auto* part = static_cast<const char*>(ahead->runs[ahead->run].data) + ahead->place;
+  ahead->place += bytes;
   return part;
 }
 
@@ -170,43 +181,53 @@ FASTLSTM_INLINE void copy(const V (&from)[M][N], V (&to)[M][N]) {
 // Most terms of a product that one chain of additions takes, up to whole rounds of the loop. Longer
 // chains round worse: at 384 more cases pass nn.LSTM's error and 1e-6. A cut costs some 50 cycles.
 constexpr int64_t kChain = 320;
+// Of chains of nearly equal length, in whole rounds of the loop below.
+FASTLSTM_INLINE int64_t chain_length(int64_t depth) {
+  const int64_t chains = (depth + kChain - 1) / kChain;
+  return chains > 1 ? (depth / chains + 4) / 4 * 4 : depth;
+}
 
 // sums[m][v] += sum_k a[m][k] * b[k * step + v * VL ...] in the order of k.
 // The broadcasts are held and the panel's vectors come one at a time: that order fits the register
-// file exactly; the other one spills. `ahead` is memory to bring into L2 alongside, half a cache
-// line for each k: see next_part.
+// file exactly; the other one spills. `ahead`, if any, is memory to bring into L2 alongside, half a
+// cache line for each k: see next_part.
 template <class T, int M, int V>
 FASTLSTM_INLINE void add_chain(const T* const (&a)[M], int64_t depth, const T* b, int64_t step,
                                const T* ahead, Vec<T> (&sums)[M][V]) {
+  const auto add = [&](auto bring) FASTLSTM_INLINE_LAMBDA {
 #pragma GCC unroll 4
-  for (int64_t k = 0; k < depth; ++k) {
-    if (M > 1 && k % 2 == 0) __builtin_prefetch(ahead + k * kPrefetched<T>, 0, 2);
-    Vec<T> row[M];
-    unrolled<M>([&](auto m) FASTLSTM_INLINE_LAMBDA { row[m] = broadcast(a[m][k]); });
-    unrolled<V>([&](auto v) FASTLSTM_INLINE_LAMBDA {
-      const Vec<T> column = load(b + k * step + v * lanes<T>());
-      unrolled<M>([&](auto m)
-                      FASTLSTM_INLINE_LAMBDA { sums[m][v] = fma(row[m], column, sums[m][v]); });
+    for (int64_t k = 0; k < depth; ++k) {
+      if (bring && k % 2 == 0) __builtin_prefetch(ahead + k * kPrefetched<T>, 0, 2);
+      Vec<T> row[M];
+      unrolled<M>([&](auto m) FASTLSTM_INLINE_LAMBDA { row[m] = broadcast(a[m][k]); });
+      unrolled<V>([&](auto v) FASTLSTM_INLINE_LAMBDA {
+        const Vec<T> column = load(b + k * step + v * lanes<T>());
+        unrolled<M>([&](auto m)
+                        FASTLSTM_INLINE_LAMBDA { sums[m][v] = fma(row[m], column, sums[m][v]); });
 #if defined(__clang__) && defined(__AVX2__) && !defined(__AVX512F__)
-      __asm__("" : "+x"(sums[M - 1][v]), "+r"(b));  // it would load the columns ahead, and spill
+        __asm__("" : "+x"(sums[M - 1][v]), "+r"(b));  // it would load the columns ahead, and spill
 #endif
-    });
-  }
+      });
+    }
+  };
+  if (M > 1 && ahead)
+    add(Int<1>());
+  else
+    add(Int<0>());
 }
 
-// The same in chains of nearly equal length, whose sums are added in order.
+// The same in chains, whose sums are added in order.
 template <class T, int M, int V>
 __attribute__((noinline)) void add_chains(const T* const (&a)[M], int64_t depth, const T* b,
                                           int64_t step, const T* ahead, Vec<T> (&total)[M][V]) {
-  const int64_t chains = (depth + kChain - 1) / kChain;
-  const int64_t length = (depth / chains + 4) / 4 * 4;  // whole rounds of the loop above
+  const int64_t length = chain_length(depth);
   Vec<T> sums[M][V];
   copy(total, sums);
   for (int64_t from = 0; from < depth; from += length) {
     const T* left[M];
     unrolled<M>([&](auto m) FASTLSTM_INLINE_LAMBDA { left[m] = a[m] + from; });
     add_chain<T>(left, depth - from < length ? depth - from : length, b + from * step, step,
-                 ahead + from * kPrefetched<T>, sums);
+                 ahead ? ahead + from * kPrefetched<T> : nullptr, sums);
     for_sums<M, V>([&](auto m, auto v) FASTLSTM_INLINE_LAMBDA {
       total[m][v] = from ? total[m][v] + sums[m][v] : sums[m][v];
       sums[m][v] = Vec<T>{};
@@ -222,6 +243,52 @@ FASTLSTM_INLINE void multiply(const T* const (&a)[M], int64_t depth, const T* b,
   copy(sums, total);
   add_chains<T>(a, depth, b, step, ahead, total);
   copy(total, sums);
+}
+
+// Sums of a panel for some batch rows: z[n][v * VL ...].
+template <class T>
+using PanelSums = T (*)[kPanelVectors * lanes<T>()];
+
+// z[n - n0] += sum_k a[n][k] * b[k * step ...] for n0 <= n < n1, with the bits of multiply(), but
+// chain by chain for all of these rows, so that what a chain takes of the panel stays in L1.
+// `after` is what to bring in at the end.
+template <class T>
+void multiply_by_chains(Rows<const T> a, int64_t n0, int64_t n1, int64_t depth, const T* b,
+                        int64_t step, const T* after, PanelSums<T> z) {
+  const int64_t length = chain_length(depth);
+  for (int64_t from = 0; from < depth; from += length) {
+    const int64_t count = depth - from < length ? depth - from : length;
+    const T* const part = b + from * step;
+    const T* const next = from + count < depth ? part + count * step : after;
+    for_tiles(n0, n1, [&](int64_t n, auto rows) {
+      constexpr int M = decltype(rows)::value, V = kPanelVectors;
+      const T* left[M];
+      for (int r = 0; r < M; ++r) left[r] = a.at(0, n + r) + from;
+      const auto at = [&](int r, int v)
+                          FASTLSTM_INLINE_LAMBDA { return z[n - n0 + r] + v * lanes<T>(); };
+      Vec<T> sums[M][V];
+      for_sums<M, V>([&](auto r, auto v)
+                         FASTLSTM_INLINE_LAMBDA { sums[r][v] = from ? Vec<T>{} : load(at(r, v)); });
+      add_chain<T>(left, count, part, step, next_part(next, n - n0, count), sums);
+      for_sums<M, V>([&](auto r, auto v) FASTLSTM_INLINE_LAMBDA {
+        store(at(r, v), from ? load(at(r, v)) + sums[r][v] : sums[r][v]);
+      });
+    });
+  }
+}
+
+// f(n, past, z) for parts of n0 <= n < n1, z being zeros for these rows.
+template <class T, class F>
+FASTLSTM_INLINE void with_panel_sums(int64_t n0, int64_t n1, F&& f) {
+  constexpr int64_t kMost = 128;
+  T z[kMost][kPanelVectors * lanes<T>()];
+  for (int64_t n = n0; n < n1; n += kMost) {
+    const int64_t past = n1 - n < kMost ? n1 : n + kMost;
+    for (int64_t k = 0; k < past - n; ++k)
+      unrolled<kPanelVectors>(
+          [&](auto v) FASTLSTM_INLINE_LAMBDA { store(z[k] + v * lanes<T>(), Vec<T>{}); });
+    f(n, past, z);
+  }
 }
 
 // sums[m], in its first lanes: sum_k a[m][k] * edge[j * step + k] for the columns j < W of an edge.
@@ -419,9 +486,10 @@ void sum_rows(const T* a, int64_t step, int64_t rows, int64_t columns, T* out, b
 template <class T>
 void one_pass(const Product<T>& in, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
   constexpr int VL = lanes<T>();
+  const bool far = from_afar(p1 - p0, in.depth);
   for (int64_t p = p0; p < p1; ++p) {
     const T* b = in.b.at(p);
-    const T* next = in.b.at(p + 1 < p1 ? p + 1 : p0);
+    const T* next = far ? in.b.at(p + 1 < p1 ? p + 1 : p0) : nullptr;
     const int64_t step = in.b.step(p);
     const int64_t first = p * (in.columns.gates ? VL : kPanelVectors * VL);
     const int64_t vector_step = in.columns.gates ? in.columns.count : VL;
@@ -611,7 +679,7 @@ FASTLSTM_INLINE void gate_sums(const StepForward<T>& in, int64_t n, int64_t befo
   const auto add = [&](Rows<const T> from, int64_t depth, const T* w) FASTLSTM_INLINE_LAMBDA {
     const T* a[M];
     for (int r = 0; r < M; ++r) a[r] = from.at(0, n + r);
-    const T* ahead = next_part(w + next * depth * row, before, depth);
+    const T* ahead = next_part(next < 0 ? nullptr : w + next * depth * row, before, depth);
     multiply<T, M, V>(a, depth, w + p * depth * row, V * VL, ahead, sums);
   };
   // Many small terms first: each addition rounds as coarsely as the sum until then is large.
@@ -683,11 +751,53 @@ void tail_forward(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p, i
   });
 }
 
+// What comes after the product comes from afar where the input product went over time; its loads
+// cannot begin before the product ends.
+template <class T>
+FASTLSTM_INLINE void ask_for_start(const StepForward<T>& in, int64_t n, int64_t unit) {
+  if (in.start.step_n == 0) return;
+  __builtin_prefetch(in.c_prev.at(0, n) + unit, 0, 2);
+  for (int gate = 0; gate < 4; ++gate)
+    __builtin_prefetch(in.start.at(0, n) + unit + gate * in.hidden, 0, 2);
+}
+
+// The rows n0 <= n < n1 of a panel, chain by chain.
+template <class T, class L>
+FASTLSTM_INLINE void panel_forward(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p,
+                                   int64_t next, L part) {
+  constexpr int64_t VL = lanes<T>(), row = kPanelVectors * VL;
+  const int64_t H = in.hidden, unit = p * VL;
+  const T* const w_hh = in.w_hh.full();
+  const T* const w_ih = in.w_ih.full() + p * in.input * row;
+  const T* const after = next < 0 ? nullptr : w_hh + next * in.output * row;
+  with_panel_sums<T>(n0, n1, [&](int64_t first, int64_t past, PanelSums<T> z) {
+    for (int64_t n = first; n < past; ++n) ask_for_start(in, n, unit);
+    multiply_by_chains<T>(in.h_prev, first, past, in.output, w_hh + p * in.output * row, row,
+                          in.input ? w_ih : after, z);
+    for (int64_t n = first; n < past; ++n)
+      for (int64_t gate = 0; gate < 4; ++gate) {
+        T* const sum = z[n - first] + gate * VL;
+        store(sum, load(sum) + part.get(in.start.at(0, n) + unit + gate * H));
+      }
+    multiply_by_chains<T>(in.x, first, past, in.input, w_ih, row, after, z);
+    for_tiles(first, past, [&](int64_t n, auto rows) {
+      constexpr int M = decltype(rows)::value;
+      Vec<T> sums[M][4];
+      for (int r = 0; r < M; ++r)
+        for (int gate = 0; gate < 4; ++gate) sums[r][gate] = load(z[n - first + r] + gate * VL);
+      cells_of_tile<T, M>(in, n, unit, sums, part);
+    });
+  });
+}
+
 template <class T>
 void step_forward(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p0, int64_t p1) {
   constexpr int64_t VL = lanes<T>();
   const int64_t H = in.hidden;
+  const bool far = from_afar(p1 - p0, in.input + in.output);
+  const bool chained = by_chains(in.input + in.output, n1 - n0);
   for_panels(in.step, p0, p1, [&](int64_t p, int64_t next) {
+    if (!far) next = -1;
     const int64_t unit = p * VL;
     if (p >= in.full) {
       for (int64_t n = n0; n < n1; n += kTailRows)
@@ -698,15 +808,10 @@ void step_forward(const StepForward<T>& in, int64_t n0, int64_t n1, int64_t p0, 
       return;
     }
     with_lanes<T>(H - unit, [&](auto part) {
+      if (chained) return panel_forward(in, n0, n1, p, next, part);
       for_tiles(n0, n1, [&](int64_t n, auto rows) {
         constexpr int M = decltype(rows)::value;
-        // What comes after the product comes from afar where the input product went over time; its
-        // loads cannot begin before the product ends.
-        for (int r = 0; in.start.step_n && r < M; ++r) {
-          __builtin_prefetch(in.c_prev.at(0, n + r) + unit, 0, 2);
-          for (int gate = 0; gate < 4; ++gate)
-            __builtin_prefetch(in.start.at(0, n + r) + unit + gate * H, 0, 2);
-        }
+        for (int r = 0; r < M; ++r) ask_for_start(in, n + r, unit);
         const auto start = [&](int r, int gate) FASTLSTM_INLINE_LAMBDA {
           return part.get(in.start.at(0, n + r) + unit + gate * H);
         };
@@ -978,13 +1083,32 @@ template <class T>
 void step_backward(const StepBackward<T>& in, int64_t n0, int64_t n1, int64_t p0, int64_t p1) {
   constexpr int VL = lanes<T>();
   const int64_t H = in.hidden;
+  const bool far = from_afar(p1 - p0, in.depth);
+  const bool chained = in.next.data && by_chains(in.depth, n1 - n0);
   for_panels(in.step, p0, p1, [&](int64_t p, int64_t next) {
+    if (!far) next = -1;
     const int64_t first = p * kPanelVectors * VL;
     const int64_t vectors = (H - first + VL - 1) / VL;
     with_int<kPanelVectors>(vectors, [&](auto count) {
       constexpr int V = decltype(count)::value;
       with_lanes<T>(H - first - (V - 1) * VL, [&](auto last) {
-        const auto tile = [&](auto to_edge, int64_t n, auto rows) FASTLSTM_INLINE_LAMBDA {
+        const T* const after = next < 0 ? nullptr : in.w.at(next);
+        // What comes after the product comes from afar, from another program's data if the last
+        // level is shared; its loads cannot begin before the product ends.
+        const auto ask_for = [&](int64_t n) {
+          for (int64_t unit = first; unit < first + V * VL; unit += kLine<T>) {
+            const auto ask = [&](Rows<const T> from, int64_t place) {
+              __builtin_prefetch(from.at(0, n) + place, 0, kNear);
+            };
+            if (in.grad_y.data) ask(in.grad_y, unit);
+            if (in.gates.data)
+              for (int gate = 0; gate < 4; ++gate) ask(in.gates, gate * H + unit);
+            ask(in.c_prev, unit);
+          }
+        };
+        // `given` has the sums of the first of these rows, if there already.
+        const auto tile = [&](auto to_edge, int64_t n, auto rows,
+                              const T* given) FASTLSTM_INLINE_LAMBDA {
           constexpr int M = decltype(rows)::value;
           Vec<T> sums[M][V], dh[M][V];
           clear(sums);
@@ -995,22 +1119,15 @@ void step_backward(const StepBackward<T>& in, int64_t n0, int64_t n1, int64_t p0
               dh[r][V - 1] += last.get(from + (V - 1) * VL);
             }
           };
-          if (in.next.data) {
-            // What comes after the product comes from afar, from another program's data if the
-            // last level is shared; its loads cannot begin before the product ends.
-            for (int r = 0; r < M; ++r)
-              for (int64_t unit = first; unit < first + V * VL; unit += kLine<T>) {
-                const auto ask = [&](Rows<const T> from, int64_t place) {
-                  __builtin_prefetch(from.at(0, n + r) + place, 0, kNear);
-                };
-                if (in.grad_y.data) ask(in.grad_y, unit);
-                if (in.gates.data)
-                  for (int gate = 0; gate < 4; ++gate) ask(in.gates, gate * H + unit);
-                ask(in.c_prev, unit);
-              }
+          if (given) {
+            for_sums<M, V>([&](auto r, auto v) FASTLSTM_INLINE_LAMBDA {
+              sums[r][v] = load(given + (r * V + v) * VL);
+            });
+          } else if (in.next.data) {
+            for (int r = 0; r < M; ++r) ask_for(n + r);
             const T* a[M];
             for (int r = 0; r < M; ++r) a[r] = in.next.at(0, n + r);
-            const T* ahead = next_part(in.w.at(next), n - n0, in.depth);
+            const T* ahead = next_part(after, n - n0, in.depth);
             if constexpr (to_edge)
               multiply_to_edge<T, M, V>(a, in.depth, in.w, p, ahead, sums);
             else
@@ -1025,10 +1142,20 @@ void step_backward(const StepBackward<T>& in, int64_t n0, int64_t n1, int64_t p0
             cell_backward<T>(in, n + r, first + (V - 1) * VL, dh[r][V - 1], last);
           }
         };
+        if constexpr (V == kPanelVectors)
+          if (chained && !in.w.has_edge(p))
+            return with_panel_sums<T>(n0, n1, [&](int64_t from, int64_t past, PanelSums<T> z) {
+              multiply_by_chains<T>(in.next, from, past, in.depth, in.w.at(p), in.w.step(p), after,
+                                    z);
+              for_tiles(from, past, [&](int64_t n, auto rows) {
+                for (int64_t ask = n + rows; ask < past && ask < n + 2 * rows; ++ask) ask_for(ask);
+                tile(Int<0>(), n, rows, z[n - from]);
+              });
+            });
         if (in.w.has_edge(p))
-          for_tiles(n0, n1, [&](int64_t n, auto rows) { tile(Int<1>(), n, rows); });
+          for_tiles(n0, n1, [&](int64_t n, auto rows) { tile(Int<1>(), n, rows, nullptr); });
         else
-          for_tiles(n0, n1, [&](int64_t n, auto rows) { tile(Int<0>(), n, rows); });
+          for_tiles(n0, n1, [&](int64_t n, auto rows) { tile(Int<0>(), n, rows, nullptr); });
       });
     });
   });
